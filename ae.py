@@ -1,0 +1,508 @@
+"""ae.py: stage 1, a shallow autoencoder from a map of segment ids to a 4-channel latent and back (paper section 3.1).
+
+    python ae.py                                          # the paper's run: COCO in data/coco, 512 px, N = 128
+    torchrun --nproc_per_node=8 ae.py                     # the same on eight GPUs (several nodes: torchrun's own flags)
+    python ae.py --model small --data shapes              # built-in scenes, minutes on a laptop
+    python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
+
+Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor, y_hat = D(z) logits.
+Writes to --out: ae.pt (last weights), ae_best.pt, ae_state.pt (to --resume from), log.jsonl, ae.png, ae_loss.png.
+"""
+import contextlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import pq
+from data import BadInput, is_main
+
+# Settings of `--model`; each can be set by the flag of its name.
+MODELS = {
+    "sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16, lr=1e-4, schedule="constant"),
+    "small": dict(size=64, num_ids=16, factor=4, width=64, iters=4_000, batch_size=32, lr=2e-3, schedule="cosine"),
+}
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of B x C x H x W, on the fused kernel."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Autoencoder(nn.Module):
+    """The shallow autoencoder (paper 3.1, "Architectural Design"); 2.02 M parameters at the paper's setting.
+
+    num_ids: N, a power of two up to 256; factor: f, 8 or 4 ("shallower"); width: channels at the bottleneck."""
+
+    def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, latent_channels=4):
+        super().__init__()
+        self.settings = dict(num_ids=num_ids, encoding=encoding, factor=factor, width=width, latent_channels=latent_channels)
+        self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
+        stages = int(math.log2(factor))
+        c = width >> stages
+        layers = [nn.Conv2d(data.id_channels(encoding, num_ids), c, 3, padding=1), nn.SiLU()]
+        for _ in range(stages):
+            layers += [nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, 2 * c, 3, stride=2, padding=1), nn.SiLU()]
+            c *= 2
+        self.encoder = nn.Sequential(
+            *layers, nn.Conv2d(c, c, 3, padding=1), nn.Identity(),
+            nn.GroupNorm(32, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, 2 * latent_channels, 3, padding=1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, c, 3, padding=1), nn.Identity(),
+            nn.ConvTranspose2d(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU(),
+            nn.ConvTranspose2d(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU(),
+            nn.GroupNorm(32, c, eps=1e-5), nn.SiLU(), nn.Conv2d(c, num_ids, 3, padding=1))
+
+    def encode(self, ids):
+        """Ids (B x H x W, 0..N-1, 0 = void or unknown) -> mean and log-variance of z, each B x 4 x H/f x W/f."""
+        x = data.encode_ids(ids, self.num_ids, self.encoding)              # B x n x H x W
+        mean, logvar = self.encoder(x).chunk(2, dim=1)                     # B x 4 x h x w
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        """Latent (B x 4 x h x w) -> logits over ids (B x N x 4h x 4w)."""
+        return self.decoder(z)
+
+    def forward(self, ids, noise=None):
+        """One training pass: ids -> logits at z ~ N(mean, var), mean, logvar. noise: B x 4 x h x w, drawn if None."""
+        mean, logvar = self.encode(ids)
+        noise = torch.randn_like(mean) if noise is None else noise
+        return self.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
+
+
+# ------------------------------------------------------------------------- the losses, on points (PointRend)
+
+
+def sample_at(x, points, mode="bilinear"):
+    """Values of x (B x C x H x W) at points (B x P x 2, x and y in 0..1) -> B x C x P; zero outside."""
+    return F.grid_sample(x, 2 * points[:, None] - 1, mode=mode, align_corners=False)[:, :, 0]
+
+
+def mask_at(ids, image_of, id_of, points):
+    """Bilinear value of K segments' binary masks at K x P points -> K x P, without ever making the masks.
+
+    ids: B x H x W; image_of, id_of: K, the image and the id of each segment; points: K x P x 2 in 0..1."""
+    height, width = ids.shape[1:]
+    x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5     # K x P
+    total = 0
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        col, row = x.floor() + dx, y.floor() + dy
+        weight = (1 - (x - col).abs()) * (1 - (y - row).abs())
+        inside = (col >= 0) & (col < width) & (row >= 0) & (row < height)
+        found = ids[image_of[:, None], row.clamp(0, height - 1).long(), col.clamp(0, width - 1).long()]
+        total = total + weight * (inside & (found == id_of[:, None]))
+    return total
+
+
+def uncertain_points(uncertainty, batch, count, device):
+    """PointRend's training points: batch x count x 2 in 0..1.
+
+    Draw 3 x count uniform points, keep the 75% x count most uncertain, add 25% x count uniform ones.
+    uncertainty: function of points (batch x P x 2) -> batch x P, larger is less certain."""
+    points = torch.rand(batch, 3 * count, 2, device=device)
+    keep = int(0.75 * count)
+    top = uncertainty(points).topk(keep, dim=1).indices                    # batch x keep
+    chosen = points.gather(1, top[..., None].expand(-1, -1, 2))
+    return torch.cat([chosen, torch.rand(batch, count - keep, 2, device=device)], 1)
+
+
+def segments_of(ids, num_ids):
+    """All segments of a batch of id maps (B x H x W): image index and id of each, by image, then by id (K and K)."""
+    present = torch.zeros(len(ids), num_ids, dtype=torch.bool, device=ids.device)
+    present.scatter_(1, ids.flatten(1).long(), True)
+    present[:, 0] = False
+    return present.nonzero().unbind(1)
+
+
+@torch.no_grad()
+def draw_points(logits, ids, count):
+    """Points for both losses where the logits are least certain: CE (B x count x 2), masks (K x count x 2)."""
+    image_of, id_of = segments_of(ids, logits.shape[1])
+    def ce_uncertainty(points):
+        second, first = sample_at(logits, points).topk(2, dim=1).values.flip(1).unbind(1)
+        return second - first
+    own = logits[image_of, id_of][:, None]                                 # K x 1 x h x w
+    ce_points = uncertain_points(ce_uncertainty, len(ids), count, ids.device)
+    return ce_points, uncertain_points(lambda p: -sample_at(own, p)[:, 0].abs(), len(own), count, ids.device)
+
+
+def segmentation_losses(logits, ids, ce_points, mask_points):
+    """L_ce and L_mask of eq. 2 as sums, with the counts that normalise them.
+
+    logits: B x N x h x w; ids: B x H x W; points from `draw_points`. Returns CE summed over non-void points, their
+    number; BCE + Dice summed over segments, their number. Sums, so that ranks and accumulation steps can share counts."""
+    labels = sample_at(ids[:, None].float(), ce_points, "nearest")[:, 0].long()            # B x P
+    ce = F.cross_entropy(sample_at(logits, ce_points).float(), labels, ignore_index=0, reduction="sum")
+    image_of, id_of = segments_of(ids, logits.shape[1])
+    own = sample_at(logits[image_of, id_of][:, None], mask_points)[:, 0].float()           # K x P
+    mask = mask_at(ids, image_of, id_of, mask_points)                                      # K x P
+    bce = F.binary_cross_entropy_with_logits(own, mask, reduction="none").mean(1)
+    p = own.sigmoid()
+    dice = 1 - (2 * (p * mask).sum(1) + 1) / (p.sum(1) + mask.sum(1) + 1)
+    return ce, (labels > 0).sum(), (bce + dice).sum(), len(own)
+
+
+def kl_loss(mean, logvar):
+    """KL of the latent's Gaussian from N(0, I): summed over channels and cells and the batch (Fig. 9's ablation)."""
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum()
+
+
+# --------------------------------------------------------------------------- from logits to a segmentation
+
+
+@torch.no_grad()
+def postprocess(logits, height, width, threshold=0.5, min_area=0):
+    """The paper's evaluation protocol (supplement B): logits (N x h x w) -> id map (height x width, int32 array).
+
+    Resize the logits, softmax, argmax; pixels whose probability is under `threshold` and segments under `min_area`
+    pixels become void (0)."""
+    logits = F.interpolate(logits[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
+    probability, ids = logits.softmax(0).max(0)
+    ids = ids.masked_fill(probability < threshold, 0)
+    areas = ids.flatten().bincount(minlength=len(logits))
+    ids = ids.masked_fill(areas[ids] < min_area, 0)
+    return ids.int().cpu().numpy()
+
+
+def describe(ids, category_id=1):
+    """segments_info of an id map (H x W)."""
+    known, areas = np.unique(ids, return_counts=True)
+    return [{"id": int(i), "category_id": category_id, "iscrowd": 0, "area": int(a)} for i, a in zip(known, areas) if i]
+
+
+def reduce_sum(value, device):
+    """Sum a number or a float64 array over all processes."""
+    if not dist.is_initialized():
+        return value
+    total = torch.as_tensor(value, dtype=torch.float64).to(torch.float32 if device.type == "mps" else torch.float64).to(device)
+    dist.all_reduce(total)
+    return total.item() if total.ndim == 0 else total.cpu().numpy()
+
+
+# ------------------------------------------------------- processes, devices, checkpoints (shared by the tower)
+
+
+def setup(args):
+    """Choose the device and, under torchrun, join the other processes: -> device, rank, world. Raises BadInput."""
+    name = args.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name.split(":")[0] not in available or not available[name.split(":")[0]]():
+        raise BadInput(f"--device {name}: not available here; use cpu or auto")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(name)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+    torch.manual_seed(args.seed)
+    return torch.device(name), rank, world
+
+
+def check_batch(args, world):
+    """The global batch must split evenly over processes and accumulation steps. Raises BadInput."""
+    if args.batch_size % (world * args.accum):
+        raise BadInput(f"--batch_size {args.batch_size}: must be a multiple of processes x accumulation steps = {world} x {args.accum}")
+
+
+def autocast(precision, device):
+    """The context of mixed precision: 'fp32' does nothing; 'bf16' and 'fp16' are torch.autocast."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+
+
+def pick_precision(precision, device):
+    """'auto' is bf16 where a GPU has it, else fp16 on CUDA and fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def learning_rate(it, args):
+    """Linear warm-up from 0, then constant or cosine to 1% of the peak."""
+    if it < args.warmup:
+        return args.lr * it / args.warmup
+    if args.schedule == "constant":
+        return args.lr
+    done = (it - args.warmup) / max(args.iters - args.warmup, 1)
+    return args.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1))))
+
+
+def seed_iteration(seed, it, rank):
+    """All randomness of an iteration follows from (seed, iteration, rank), so that a resumed run repeats it exactly."""
+    torch.manual_seed((seed * 1_000_003 + it) * 4096 + rank)
+
+
+def save(path, content):
+    """Write a checkpoint beside its place, flush it, then move it there: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path, kind):
+    """Read a checkpoint without executing anything from it; kind: 'ae', 'ldm', 'ae_state', 'ldm_state'. Raises BadInput."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such checkpoint") from None
+    except Exception:
+        raise BadInput(f"{path}: not a readable checkpoint (cut short, foreign, or holding more than tensors)") from None
+    found = content.get("kind") if isinstance(content, dict) else None
+    if found != kind:
+        raise BadInput(f"{path}: is {'a checkpoint of kind ' + repr(found) if found else 'no checkpoint of this project'}, needed is {kind!r}")
+    return content
+
+
+def load_autoencoder(path):
+    """Checkpoint of stage 1 -> Autoencoder (eval mode, on the CPU) and the settings that it was trained with."""
+    content = load(path, "ae")
+    return build_autoencoder(content, path), content["settings"]
+
+
+def build_autoencoder(content, path):
+    """Autoencoder from a checkpoint's `autoencoder` (its own settings) and `weights`. Raises BadInput."""
+    model = Autoencoder(**content["autoencoder"])
+    try:
+        model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
+    return model.eval()
+
+
+def log(path, **entry):
+    """Append one line of JSON (rank 0)."""
+    with open(path, "a") as file:
+        file.write(json.dumps({k: v if not isinstance(v, float) else float(f"{v:.6g}") for k, v in entry.items()}) + "\n")
+
+
+def read_log(path, stage, last):
+    """A log.jsonl -> the entries of a stage up to iteration `last`; a resumed run's repetitions replace the first ones."""
+    entries = {}
+    for line in open(path):
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if entry.get("stage") == stage and entry["iteration"] <= last:
+                entries.setdefault(entry["iteration"], {}).update(entry)
+    return [entries[k] for k in sorted(entries)]
+
+
+def training_flags(parser, models):
+    """The flags that both training scripts have; defaults that depend on --model stand in its table."""
+    add = parser.add_argument
+    add("--model", default="sd", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default %(default)s)")
+    add("--train_split", default="train2017", help="(default %(default)s)")
+    add("--val_split", default="val2017", help="(default %(default)s)")
+    add("--iters", type=int, help="iterations")
+    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after the warm-up")
+    add("--warmup", type=int, default=200, help="iterations of linear warm-up (default %(default)s)")
+    add("--weight_decay", type=float, default=0.05, help="of AdamW (default %(default)s)")
+    add("--accum", type=data.positive, default=1, help="gradient accumulation steps in a batch (default %(default)s)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
+    add("--min_segment", type=int, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
+    add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
+    add("--resume", action="store_true", help="continue the run in --out from its last saved state")
+    add("--log_every", type=data.positive, default=50, help="iterations (default %(default)s)")
+    add("--save_every", type=data.positive, default=1000, help="iterations between saved states (default %(default)s)")
+    add("--eval_every", type=data.positive, default=1000, help="iterations between evaluations (default %(default)s)")
+    add("--eval_images", type=data.positive, default=256, help="validation images of an evaluation (default %(default)s)")
+
+
+def parse(parser, models, argv):
+    """Parse flags; what was not given comes from the table of --model. Raises BadInput."""
+    args = parser.parse_args(argv)
+    for name, value in models[args.model].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.iters < 0 or not args.lr > 0:
+        raise BadInput(f"--iters {args.iters} --lr {args.lr}: iterations must be at least 0 and the learning rate above 0")
+    return args
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model, dataset, args, device, rank=0, world=1):
+    """Reconstruction PQ (class-agnostic) of a held-out set, and picture rows: ids, reconstruction, error.
+
+    Every image's segments get random distinct ids, as in training; crowd is void."""
+    model.eval()
+    quality, rows, values = pq.PanopticQuality(), [], []
+    for samples in data.evaluation_batches(dataset, args.batch_size, rank, world, args.num_workers):
+        maps = [data.relabel(s["ids"], s["segments_info"], model.num_ids, np.random.default_rng((args.seed, 3, k)))
+                for k, s in enumerate(samples)]
+        ids = torch.from_numpy(np.stack([data.resize_ids(m, args.size, args.size) for m in maps])).to(device)
+        z = model.encode(ids)[0]
+        values.append(z.flatten(1).cpu())
+        for sample, truth, logits in zip(samples, maps, model.decode(z)):
+            found = postprocess(logits, *truth.shape, min_area=min_area(args.size))
+            quality.update(truth, describe(truth), found, describe(found), str(sample["file_name"]))
+            if len(rows) < 6:
+                error = np.where((found != truth) & (truth > 0), 255, 40).astype(np.uint8)
+                rows.append([sample["image"], data.colorize(truth), data.colorize(found), np.repeat(error[..., None], 3, 2)])
+    model.train()
+    quality.state = reduce_sum(quality.state, device)
+    z = torch.cat(values) if values else torch.zeros(1, 1)
+    return quality.result()["All"], rows, {"latent_mean": z.mean().item(), "latent_std": z.std().item(), "latent_max": z.abs().max().item()}
+
+
+def min_area(size):
+    """The paper's least area of a predicted segment: 512 px for training at 512 x 512, in proportion at other sizes."""
+    return round(512 * (size / 512) ** 2)
+
+
+@data.command
+def main(argv=None):
+    """Command line: train and evaluate stage 1."""
+    parser = data.Parser(__doc__, out="checkpoints")
+    training_flags(parser, MODELS)
+    parser.add_argument("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
+    parser.add_argument("--encoding", default="bits", choices=data.ENCODINGS, help="of the ids at the input (default %(default)s)")
+    parser.add_argument("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
+    parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck")
+    parser.add_argument("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
+    parser.add_argument("--clip", type=float, default=3.0, help="largest gradient norm (default %(default)s)")
+    parser.add_argument("--kl", type=float, default=0.0, help="weight of the KL term, for Fig. 9 (default %(default)s)")
+    args = parse(parser, MODELS, argv)
+    device, rank, world = setup(args)
+    check_batch(args, world)
+    if args.size % (2 * args.factor):
+        raise BadInput(f"--size {args.size}: must be a multiple of {2 * args.factor}")
+    args.points = args.points or max(256, round(12544 * (args.size / 512) ** 2))
+    precision = pick_precision(args.precision, device)
+
+    # data
+    train_source = data.open_data(args.data, args.train_split, args.size, args.seed, args.background)
+    val_source = data.open_data(args.data, args.val_split, args.size, args.seed, args.background)
+    train_set = data.Training(train_source, args.size, args.num_ids, args.seed, min_area=args.min_segment)
+    val_set = data.Evaluation(val_source, args.size, args.eval_images)
+
+    # model and optimiser; weight decay is the penalty of eq. 2
+    model = load_autoencoder(args.ckpt)[0] if args.ckpt else Autoencoder(args.num_ids, args.encoding, args.factor, args.width)
+    if model.num_ids != args.num_ids or model.factor != args.factor:
+        raise BadInput(f"--ckpt {args.ckpt}: has N = {model.num_ids} and factor {model.factor}, not {args.num_ids} and {args.factor}")
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+
+    out, start, best = Path(args.out), 0, -1.0
+    if args.resume:
+        state = load(out / "ae_state.pt", "ae_state")
+        if state["autoencoder"] != model.settings:
+            raise BadInput(f"--resume: {out / 'ae_state.pt'} is a run with {state['autoencoder']}, the flags say {model.settings}")
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, best = state["iteration"], state["best"]
+    checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
+                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model", "iters")}}
+    if is_main():
+        print(f"stage 1: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
+              f"f = {args.factor}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
+        out.mkdir(parents=True, exist_ok=True)
+
+    # training: eq. 2
+    batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
+    progress = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=not is_main(), unit="it", mininterval=1)
+    seen, clock, result = 0, time.time(), None
+    for it in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(it, args)
+        seed_iteration(args.seed, it, rank)
+        maps = [next(batches)[1].to(device, non_blocking=True) for _ in range(args.accum)]  # each b x size x size
+
+        # The counts that normalise both losses are those of the whole batch: draw the points of all pieces first.
+        points = []
+        for ids in maps if args.accum > 1 else ():
+            with torch.no_grad(), autocast(precision, device):
+                points.append(draw_points(model(ids)[0], ids, args.points))
+        for k, ids in enumerate(maps):
+            last = k == args.accum - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
+                with autocast(precision, device):
+                    logits, mean, logvar = ddp(ids)                        # b x N x 4h x 4w
+                if args.accum == 1:
+                    points = [draw_points(logits, ids, args.points)]
+                ce, n_ce, mask, n_mask = segmentation_losses(logits, ids, *points[k])
+                if k == 0:
+                    if args.accum > 1:
+                        n_ce = sum((sample_at(y[:, None].float(), p[0], "nearest") > 0).sum() for y, p in zip(maps, points))
+                        n_mask = sum(len(p[1]) for p in points)
+                    counts = torch.tensor([float(n_ce), float(n_mask)], device=device)
+                    if world > 1:
+                        dist.all_reduce(counts)
+                    counts = counts.clamp(min=1)
+                loss = ce / counts[0] + mask / counts[1]
+                if args.kl:
+                    loss = loss + args.kl * kl_loss(mean, logvar) / args.batch_size
+                scaler.scale(loss * world).backward()                      # DDP averages over ranks; the counts are global
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        seen += args.batch_size
+        if (it + 1) % args.log_every == 0 and is_main():
+            rate, seen, clock = seen / (time.time() - clock), 0, time.time()
+            progress.set_postfix(loss=f"{loss.item():.3f}", images_s=f"{rate:.0f}")
+            log(out / "log.jsonl", stage="ae", iteration=it + 1, loss=loss.item(), ce=(ce / counts[0]).item(),
+                mask=(mask / counts[1]).item(), grad_norm=norm.item(), lr=learning_rate(it, args), images_per_second=rate)
+        done = it + 1 == args.iters
+        if (it + 1) % args.eval_every == 0 or done:
+            result, rows, stats = evaluate(model, val_set, args, device, rank, world)
+            if is_main():
+                log(out / "log.jsonl", stage="ae", iteration=it + 1, val_pq=100 * result["pq"], **stats)
+                data.picture(out / "ae.png", rows, ["image", "ids", "reconstruction", "error"])
+                if result["pq"] > best:
+                    best = result["pq"]
+                    save(out / "ae_best.pt", checkpoint())
+            clock, seen = time.time(), 0
+        if ((it + 1) % args.save_every == 0 or done) and is_main():
+            save(out / "ae.pt", checkpoint())
+            save(out / "ae_state.pt", {"kind": "ae_state", "autoencoder": model.settings, "weights": model.state_dict(), "iteration": it + 1,
+                                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best})
+
+    # what came of it
+    if result is None:
+        result, rows, stats = evaluate(model, val_set, args, device, rank, world)
+        if is_main():
+            data.picture(out / "ae.png", rows, ["image", "ids", "reconstruction", "error"])
+    if is_main():
+        images = len(val_set)
+        print(f"reconstruction of {images} {args.val_split} images: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  RQ {100 * result['rq']:.1f}"
+              f"  (latents: std {stats['latent_std']:.2f}, largest {stats['latent_max']:.1f}) -> {out / 'ae.png'}")
+        if start < args.iters:
+            entries = read_log(out / "log.jsonl", "ae", args.iters)
+            data.plot(out / "ae_loss.png", {k: zip(*[(e["iteration"], e[k]) for e in entries if k in e]) for k in ("loss", "ce", "mask")}, "iteration", "loss", log_y=True)
+        if args.json:
+            data.write_json(args.json, {"images": images, **{k: 100 * result[k] for k in ("pq", "sq", "rq")}, **stats})
+    if dist.is_initialized():
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,592 @@
+"""data.py: every source of data becomes the same sample (paper: section 4.1 "Dataset", 3.1 "Encoding").
+
+    python data.py --data shapes                                  # draw a sheet of built-in scenes
+    python data.py --data data/coco --split val2017               # look into a COCO-style folder
+
+A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void), `segments_info` (as COCO has it:
+id, category_id, iscrowd, area), `image_id`, `file_name`. Sources that give it, chosen by `open_data`:
+
+    shapes                      scenes drawn on the fly from (seed, split, index); nothing to download
+    FOLDER, panoptic layout     annotations/panoptic_{split}.json, PNGs in [annotations/]panoptic_{split}/, {split}/*.jpg
+    FOLDER, instances layout    annotations/instances_{split}.json, {split}/*.jpg
+
+`Training` turns sample n into what the network sees; `encode_ids` turns ids into input channels on the device.
+The end of the file holds what all scripts share: command line, one-line errors, pictures.
+"""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import random
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+class BadInput(ValueError):
+    """Something that the user gave is wrong; the message is one line: what it is, what is wrong, what to do."""
+
+
+def command(main):
+    """Make `main(argv)` end on BadInput with one line on stderr and exit code 2 instead of a traceback."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except BadInput as error:  # from a DataLoader worker it arrives with the worker's traceback in front
+            line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
+            print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
+            raise SystemExit(2) from None
+    return run
+
+
+# ------------------------------------------------------------------------------------------- built-in scenes
+
+KINDS = ("background", "ellipse", "rectangle", "triangle", "cross")  # category ids 1..5
+
+
+@functools.lru_cache(maxsize=8)
+def _grid(size):
+    return np.mgrid[0:size, 0:size].astype(np.float32)[::-1] / size + 0.5 / size  # x, y in 0..1
+
+
+def _texture(rng, x, y):
+    """A pattern in 0..1: gradient, stripes or blotches."""
+    angle = rng.uniform(0, 2 * math.pi)
+    along = math.cos(angle) * (x - 0.5) + math.sin(angle) * (y - 0.5)
+    match rng.integers(3):
+        case 0:
+            return along + 0.5
+        case 1:
+            return 0.5 + 0.5 * np.sin(along * rng.uniform(15, 45))
+        case _:
+            across = math.cos(angle) * (y - 0.5) - math.sin(angle) * (x - 0.5)
+            waves = np.sin(along * rng.uniform(10, 30) + rng.uniform(0, 6)) * np.sin(across * rng.uniform(10, 30))
+            return 0.5 + 0.5 * waves
+
+
+def _new_color(rng, taken):
+    """A colour unlike those in use, so that the picture shows where a segment ends."""
+    for _ in range(20):
+        color = rng.uniform(0.05, 0.95, 3)
+        if all(np.abs(color - other).sum() > 0.6 for other in taken):
+            break
+    taken.append(color)
+    return color.astype(np.float32)
+
+
+def draw_scene(seed, split, index, size=64, max_shapes=4):
+    """Draw scene `index` of a split: a textured background and 1..max_shapes shapes that hide one another.
+
+    Returns image (size x size x 3, uint8), ids (size x size, int32: 1 = background, then one id a shape) and the
+    category id of each segment. A shape that would leave an earlier one almost no visible pixel is not drawn."""
+    rng = np.random.default_rng((seed, zlib.crc32(split.encode()), index))
+    x, y = _grid(size)
+    ids, taken, categories = np.ones((size, size), np.int32), [], [1]
+    image = _new_color(rng, taken) + (_texture(rng, x, y) - 0.5)[..., None] * rng.uniform(-0.3, 0.3, 3).astype(np.float32)
+    for _ in range(rng.integers(1, max_shapes + 1)):
+        kind, angle, radius = rng.integers(1, 5), rng.uniform(0, 2 * math.pi), rng.uniform(0.13, 0.32)
+        cx, cy = rng.uniform(0.1, 0.9, 2)
+        cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
+        u = cos * (x - cx) + sin * (y - cy)                # the shape's own axes, in units of its radius
+        v = (cos * (y - cy) - sin * (x - cx)) / rng.uniform(0.65, 1)
+        match kind:
+            case 1:
+                mask = u * u + v * v < 0.8
+            case 2:
+                mask = np.maximum(np.abs(u), np.abs(v)) < 0.75
+            case 3:
+                mask = (v > -0.6) & (1.732 * np.abs(u) + v < 1.1)
+            case _:
+                u, v = np.abs(u), np.abs(v)
+                mask = (np.minimum(u, v) < 0.3) & (np.maximum(u, v) < 0.95)
+        after = np.where(mask, len(categories) + 1, ids)
+        if np.bincount(after.ravel(), minlength=len(categories) + 2)[1:].min() < size * size / 80:
+            continue
+        fill = _new_color(rng, taken)
+        if rng.random() < 0.5:
+            fill = fill + (_texture(rng, x, y)[mask][:, None] - 0.5) * rng.uniform(-0.25, 0.25, 3).astype(np.float32)
+        image[mask] = fill
+        ids = after
+        categories.append(int(kind) + 1)
+    image += rng.standard_normal(image.shape, np.float32) * rng.uniform(0, 0.05)
+    return (image.clip(0, 1) * 255).astype(np.uint8), ids, categories
+
+
+class Shapes:
+    """Built-in scenes. A training stream never repeats one; `len` is the size of a held-out set.
+
+    Scenes of two splits come from different random streams, so that no scene is in both."""
+
+    def __init__(self, split, size=64, seed=0, length=512, max_shapes=4):
+        self.split, self.size, self.seed, self.length, self.max_shapes = split, size, seed, length, max_shapes
+        self.categories = [{"id": i + 1, "name": k, "isthing": int(i > 0)} for i, k in enumerate(KINDS)]
+        self.endless = True
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        image, ids, categories = draw_scene(self.seed, self.split, index, self.size, self.max_shapes)
+        areas = np.bincount(ids.ravel(), minlength=len(categories) + 1)
+        segments = [{"id": i + 1, "category_id": c, "iscrowd": 0, "area": int(areas[i + 1])} for i, c in enumerate(categories)]
+        return {"image": image, "ids": ids, "segments_info": segments, "image_id": index, "file_name": f"{index:06d}.png"}
+
+
+# ------------------------------------------------------------------------------------------- folders of files
+
+
+def read_image(path, upright=False):
+    """Read any picture as H x W x 3 uint8; `upright` applies the EXIF rotation. Raises BadInput if it can't be read."""
+    try:
+        with Image.open(path) as image:
+            if upright:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit: bring the range to 0..255
+                values = np.asarray(image).astype(np.float64)
+                top = 255 if values.max() <= 255 else 65535 if values.max() <= 65535 else values.max()
+                image = Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such image") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable image ({type(error).__name__}: {error})".splitlines()[0]) from None
+
+
+def read_id_png(path):
+    """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32."""
+    try:
+        with Image.open(path) as image:
+            raw = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "CMYK") else image).astype(np.int32)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such id PNG") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable id PNG ({type(error).__name__}: {error})".splitlines()[0]) from None
+    return raw if raw.ndim == 2 else raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
+
+
+def write_id_png(path, ids):
+    """Write H x W ids below 2^24 as a panoptic PNG."""
+    ids = ids.astype(np.int32)
+    rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], -1).astype(np.uint8)
+    Image.fromarray(rgb).save(path)
+
+
+def read_coco_json(path):
+    """Read a COCO JSON and check its outline. Raises BadInput."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON ({error})") from None
+    keys = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id",)}
+    for name, needed in keys.items():
+        entries = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) and all(k in e for k in needed) for e in entries):
+            raise BadInput(f"{path}: not a COCO file: '{name}' must be a list of objects with {', '.join(needed)}")
+    return content
+
+
+class Folder:
+    """A folder in COCO layout, panoptic or instances (which one is recognised by the JSON that is there).
+
+    folder: holds annotations/ and {split}/; background: what pixels of no instance are in the instances layout,
+    "segment" (one segment of its own category) or "void" (ignored)."""
+    endless = False
+
+    def __init__(self, folder, split, background="segment"):
+        root, self.background = Path(folder), background
+        files = {kind: root / "annotations" / f"{kind}_{split}.json" for kind in ("panoptic", "instances")}
+        found = [kind for kind, file in files.items() if file.is_file()]
+        if not root.is_dir():
+            raise BadInput(f"--data {folder}: no such folder; give a folder in COCO layout, or --data shapes")
+        if not found:
+            raise BadInput(f"--data {folder}: neither annotations/panoptic_{split}.json nor annotations/instances_{split}.json is there")
+        if len(found) == 2 and is_main():
+            print(f"{folder}: both panoptic_{split}.json and instances_{split}.json exist; using the panoptic one")
+        self.layout, self.json = found[0], files[found[0]]
+        content = read_coco_json(self.json)
+        self.categories = content["categories"]
+        self.images_dir = root / split
+        if not self.images_dir.is_dir():
+            raise BadInput(f"--data {folder}: the folder {split}/ with the images is missing")
+        self.pngs = next((d for d in (root / f"panoptic_{split}", root / "annotations" / f"panoptic_{split}") if d.is_dir()), None)
+        by_image = {}
+        for annotation in content["annotations"]:
+            by_image.setdefault(annotation["image_id"], []).append(annotation)
+        if self.layout == "panoptic":
+            if self.pngs is None:
+                raise BadInput(f"--data {folder}: the folder panoptic_{split}/ with the PNGs is missing")
+            for annotation in content["annotations"]:
+                if not isinstance(annotation.get("segments_info"), list) or "file_name" not in annotation:
+                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks segments_info or file_name")
+            keep = lambda found: any(not s.get("iscrowd") for a in found for s in a["segments_info"])
+        else:
+            self.background_id = max([c["id"] for c in self.categories], default=0) + 1
+            self.categories = self.categories + [{"id": self.background_id, "name": "background", "isthing": 0}]
+            keep = lambda found: any(not a.get("iscrowd") for a in found) or background == "segment"
+        # images whose segments are all crowd say nothing about segments (method: left out)
+        self.items = [(i, by_image[i["id"]]) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
+        if not self.items:
+            raise BadInput(f"{self.json}: no image with a usable annotation")
+
+    def __len__(self):
+        return len(self.items)
+
+    @functools.cached_property
+    def _by_name(self):  # Cityscapes and ADE20K keep images in sub-folders: look them up by their file name
+        return {f: os.path.join(d, f) for d, _, names in os.walk(self.images_dir) for f in names}
+
+    def _find(self, file_name):
+        path = self.images_dir / Path(file_name).name
+        return path if path.is_file() else self._by_name.get(path.name, path)
+
+    def __getitem__(self, index):
+        info, annotations = self.items[index]
+        image = read_image(self._find(info["file_name"]))
+        ids, segments = (self._panoptic if self.layout == "panoptic" else self._instances)(info, annotations, image.shape[:2])
+        return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}
+
+    def _panoptic(self, info, annotations, shape):
+        path = self.pngs / Path(annotations[0]["file_name"]).name
+        ids, segments = read_id_png(path), annotations[0]["segments_info"]
+        if ids.shape != shape:
+            raise BadInput(f"{path}: is {ids.shape[1]} x {ids.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}")
+        unknown = np.setdiff1d(np.unique(ids), [0] + [s["id"] for s in segments])
+        if unknown.size:
+            raise BadInput(f"{path}: holds id {unknown[0]}, which {self.json.name} does not list for image {info['id']}")
+        return ids, segments
+
+    def _instances(self, info, annotations, shape):
+        from pycocotools import mask as coco_mask
+        crowd, masks = np.zeros(shape, bool), []
+        for a in annotations:
+            try:
+                rle = a["segmentation"]
+                if isinstance(rle, list):                                  # polygons
+                    rle = coco_mask.merge(coco_mask.frPyObjects(rle, *shape))
+                elif isinstance(rle["counts"], list):                      # uncompressed RLE
+                    rle = coco_mask.frPyObjects(rle, *rle["size"])
+                mask = coco_mask.decode(rle).astype(bool)
+            except Exception as error:
+                raise BadInput(f"{self.json}: bad segmentation of annotation {a.get('id')} ({error})") from None
+            if mask.shape != shape:
+                raise BadInput(f"{self.json}: annotation {a.get('id')} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}")
+            if a.get("iscrowd"):
+                crowd |= mask
+            else:
+                masks.append((mask, a.get("category_id")))
+        ids = np.full(shape, 1 if self.background == "segment" else 0, np.int32)
+        ids[crowd] = 0
+        categories = {1: self.background_id} if self.background == "segment" else {}
+        for i, (mask, category) in enumerate(sorted(masks, key=lambda m: -m[0].sum())):  # smaller instances on top
+            ids[mask], categories[i + 2] = i + 2, category
+        areas = np.bincount(ids.ravel(), minlength=len(masks) + 2)
+        return ids, [{"id": i, "category_id": c, "iscrowd": 0, "area": int(areas[i])} for i, c in categories.items() if areas[i]]
+
+
+def open_data(name, split, size=64, seed=0, background="segment"):
+    """`shapes` or a folder in COCO layout -> an indexable source of samples with `categories`. Raises BadInput.
+
+    size: side of the built-in scenes in pixels (folders keep the files' own size)."""
+    return Shapes(split, size, seed) if name == "shapes" else Folder(name, split, background)
+
+
+# --------------------------------------------------------------------------------- what the network is given
+
+
+def resize_ids(ids, height, width):
+    """Nearest-neighbour resize of an H x W id map (the pixel whose centre is nearest, as Pillow does)."""
+    rows = ((np.arange(height) + 0.5) * ids.shape[0] / height).astype(int)
+    cols = ((np.arange(width) + 0.5) * ids.shape[1] / width).astype(int)
+    return ids[rows[:, None], cols]
+
+
+def resize_image(image, size):
+    """Squash an H x W x 3 uint8 image to size x size without cropping (bicubic, antialiased)."""
+    return image if image.shape[:2] == (size, size) else np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC))
+
+
+def to_tensor(image):
+    """H x W x 3 uint8 array -> 3 x H x W uint8 tensor."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def relabel(ids, segments_info, num_ids, rng, min_area=0):
+    """Give segments random distinct ids in 1..num_ids-1 (paper 4.1): H x W ids -> H x W uint8, 0 = void.
+
+    Crowd and segments under min_area pixels become void; of more than num_ids - 1, the largest stay (said once)."""
+    listed = np.array([s["id"] for s in segments_info if not s.get("iscrowd")], np.int64)
+    index = np.zeros(max(ids.max(), listed.max(initial=0)) + 1, np.int32)      # id -> position in `listed`, from 1
+    index[listed] = np.arange(1, len(listed) + 1)
+    compact = index[ids]
+    areas = np.bincount(compact.ravel(), minlength=len(listed) + 1)
+    kept = np.flatnonzero(areas[1:] >= max(min_area, 1)) + 1
+    if len(kept) > num_ids - 1:
+        say_once(f"note: more segments than N - 1 = {num_ids - 1} in an image: the largest stay, the rest become void (said once)")
+        kept = kept[np.argsort(-areas[kept], kind="stable")[:num_ids - 1]]
+    new = np.zeros(len(listed) + 1, np.uint8)
+    new[kept] = rng.permutation(num_ids - 1)[:len(kept)] + 1
+    return new[compact]
+
+
+@functools.cache
+def say_once(line):
+    """Print a line the first time that this process says it."""
+    print(line, file=sys.stderr)
+
+
+class Training(torch.utils.data.Dataset):
+    """Sample n of an endless training stream (paper 4.1): square resize, horizontal flip, random distinct ids.
+
+    n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
+    draws the same one, which makes runs reproducible over workers and resumable in mid-epoch.
+    Gives image (3 x size x size, uint8) and ids (size x size, uint8, 0 = void, others distinct in 1..num_ids-1)."""
+
+    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10):
+        self.source, self.size, self.num_ids, self.seed = source, size, num_ids, seed
+        self.flip, self.min_area = flip, min_area
+        self.order = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, 1, epoch)).permutation(len(source)))
+
+    def __getstate__(self):  # lambdas don't pickle; only needed where workers are spawned instead of forked
+        return {k: v for k, v in self.__dict__.items() if k != "order"}
+
+    def __setstate__(self, state):
+        self.__init__(state["source"], state["size"], state["num_ids"], state["seed"], state["flip"], state["min_area"])
+
+    def __getitem__(self, n):
+        epoch, position = divmod(n, len(self.source))
+        sample = self.source[n if self.source.endless else int(self.order(epoch)[position])]
+        rng = np.random.default_rng((self.seed, 2, n))
+        ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area)
+        ids, image = resize_ids(ids, self.size, self.size), resize_image(sample["image"], self.size)
+        if self.flip and rng.random() < 0.5:
+            image, ids = image[:, ::-1], ids[:, ::-1]
+        return to_tensor(image), torch.from_numpy(ids.copy())
+
+
+class Evaluation(torch.utils.data.Dataset):
+    """The sample as it is, plus `input`: its image at the network's size (3 x size x size, uint8)."""
+
+    def __init__(self, source, size, limit=None):
+        self.source, self.size, self.length = source, size, min(limit or len(source), len(source))
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        sample = self.source[index]
+        return {**sample, "input": to_tensor(resize_image(sample["image"], self.size))}
+
+
+def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1, num_workers=0):
+    """Iterate over training batches first..last-1: images (B x 3 x S x S, uint8), ids (B x S x S, uint8).
+
+    batch_size is global: of each batch, rank r of `world` takes its share, in `accum` pieces."""
+    per_rank = batch_size // world
+    share = per_rank // accum
+    starts = [it * batch_size + rank * per_rank + k * share for it in range(first, last) for k in range(accum)]
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=[range(s, s + share) for s in starts], num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(), persistent_workers=False, prefetch_factor=4 if num_workers else None)
+
+
+def evaluation_batches(dataset, batch_size, rank=0, world=1, num_workers=0):
+    """Iterate over lists of samples; rank r takes every world-th one, so that each is seen exactly once."""
+    mine = list(range(rank, len(dataset), world))
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=[mine[i:i + batch_size] for i in range(0, len(mine), batch_size)],
+        collate_fn=list, num_workers=num_workers)
+
+
+ENCODINGS = ("bits", "rgb", "onehot", "positional")
+
+
+def id_channels(encoding, num_ids):
+    """Number of input channels of an encoding: bits log2 N, rgb 3, onehot N, positional 2 log2 N."""
+    n = num_ids.bit_length() - 1
+    return {"bits": n, "rgb": 3, "onehot": num_ids, "positional": 2 * n}[encoding]
+
+
+def encode_ids(ids, num_ids, encoding="bits"):
+    """Id map (B x H x W, integers 0..num_ids-1) -> input of the autoencoder (B x C x H x W, float in -1..1).
+
+    Paper section 3.1, "Encoding" (1): bits (default), RGB, one-hot or positional. Void (0) is 0 in every channel."""
+    n = num_ids.bit_length() - 1
+    ids = ids.long()
+    if encoding == "onehot":
+        x = F.one_hot(ids, num_ids).permute(0, 3, 1, 2).float()
+    elif encoding == "positional":                                     # sin/cos at n wavelengths from 2 pi to 2 pi N
+        angle = ids[:, None] / num_ids ** (torch.arange(n, device=ids.device) / max(n - 1, 1)).view(1, n, 1, 1)
+        x = torch.cat([angle.sin(), angle.cos()], 1)
+    else:
+        x = (ids[:, None] >> torch.arange(n, device=ids.device).view(1, n, 1, 1) & 1).float()  # B x n x H x W
+        if encoding == "rgb":                                          # bit k is a binary digit of channel k mod 3
+            groups = [x[:, c::3] for c in range(3)]
+            weights = [2.0 ** torch.arange(g.shape[1], device=ids.device).view(1, -1, 1, 1) for g in groups]
+            x = torch.stack([(g * w).sum(1) / max(float(w.sum()), 1) for g, w in zip(groups, weights)], 1)
+        x = 2 * x - 1
+    return x * (ids != 0)[:, None]
+
+
+# ------------------------------------------------------------------------------ what all scripts have in common
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the flags that mean the same in every script."""
+
+    def __init__(self, doc, out, **defaults):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--data", default="data/coco", help="'shapes' or a folder in COCO layout (default %(default)s)")
+        self.add_argument("--background", default="segment", choices=["segment", "void"], help="instances layout: pixels of no instance (default %(default)s)")
+        self.add_argument("--size", type=positive, help="side of the square that the network sees, in pixels")
+        self.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
+        self.add_argument("--out", default=out, help="folder or file to write (default %(default)s)")
+        self.add_argument("--json", help="also write the printed figures to this file")
+        self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
+        self.add_argument("--num_workers", type=int, default=min(os.cpu_count() - 1, 8), help="data loader processes of each rank (default %(default)s)")
+        self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
+        self.set_defaults(**defaults)
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def positive(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text) if text.lstrip("-").isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
+    return value
+
+
+def fraction(text):
+    """argparse type: a number in 0..1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number in 0..1, not '{text}'")
+
+
+def is_main():
+    """True on the one process that prints and writes."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def write_json(path, content):
+    """Write JSON beside its place, then move it there: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def palette(count=256):
+    """count x 3 uint8 colours for ids; 0 (void) is dark grey."""
+    hue, ring = np.arange(count) * 0.61803 % 1, np.arange(count) % 3
+    rgb = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3])))
+    rgb = (0.25 + 0.75 * rgb) * np.array([1, 0.8, 0.65])[ring][:, None]
+    rgb[0] = 0.18
+    return (rgb * 255).astype(np.uint8)
+
+
+def colorize(ids):
+    """H x W ids -> H x W x 3 uint8."""
+    return palette()[np.where(ids > 255, ids % 255 + 1, ids)]
+
+
+def overlay(image, ids):
+    """Image (H x W x 3, uint8) with its segments in colour and their contours in white."""
+    mixed = (0.45 * image + 0.55 * colorize(ids)).astype(np.uint8)
+    edge = np.zeros(ids.shape, bool)
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    edge[1:] |= ids[1:] != ids[:-1]
+    mixed[edge] = 255
+    return mixed
+
+
+def picture(path, rows, captions=(), cell=160, notes=()):
+    """Write rows of H x W x 3 uint8 arrays as one PNG, with a caption over each column and a note beside each row."""
+    top, right = (18 if captions else 0), (max(len(n) for n in notes) * 7 + 6 if notes else 0)
+    sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + right, top + len(rows) * (cell + 4)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for c, caption in enumerate(captions):
+        draw.text((c * (cell + 4) + 2, 1), caption, "black", font)
+    for r, row in enumerate(rows):
+        for c, array in enumerate(row):
+            tile = Image.fromarray(array)
+            scale = cell / max(tile.size)
+            tile = tile.resize([max(1, round(s * scale)) for s in tile.size], Image.NEAREST if scale > 1 else Image.BICUBIC)
+            sheet.paste(tile, (c * (cell + 4), top + r * (cell + 4)))
+        if notes:
+            draw.text((sheet.width - right + 4, top + r * (cell + 4) + cell // 2), notes[r], "black", font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
+    """Draw line plots with Pillow. curves: {label: (xs, ys)}; log_y: logarithmic y axis (positive values only)."""
+    curves = {k: [(x, y) for x, y in zip(*c) if math.isfinite(y) and (y > 0 or not log_y)] for k, c in curves.items()}
+    points = [p for c in curves.values() for p in c]
+    if not points:
+        return
+    f = math.log10 if log_y else float
+    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
+    y0, y1 = min(f(p[1]) for p in points), max(f(p[1]) for p in points)
+    x1, y1 = (x1 if x1 > x0 else x0 + 1), (y1 if y1 > y0 else y0 + 1)
+    (w, h), (left, top, right, bottom) = size, (56, 24, 12, 36)
+    at = lambda x, y: (left + (x - x0) / (x1 - x0) * (w - left - right), h - bottom - (f(y) - y0) / (y1 - y0) * (h - top - bottom))
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i in range(5):
+        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
+        y = 10 ** y if log_y else y
+        draw.line([at(x0, y), at(x1, y)], "#dddddd")
+        draw.text((4, at(x0, y)[1] - 7), f"{y:.3g}", "black", font)
+        draw.text((at(x, 10 ** y0 if log_y else y0)[0] - 10, h - bottom + 4), f"{x:.4g}", "black", font)
+    draw.text((w // 2 - 3 * len(xlabel), h - 16), xlabel, "black", font)
+    draw.text((4, 4), ylabel, "black", font)
+    for i, (label, curve) in enumerate(curves.items()):
+        color = tuple(palette()[i + 1].tolist())
+        draw.line([at(*p) for p in curve], color, 2)
+        for p in curve if len(curve) <= 30 else ():
+            cx, cy = at(*p)
+            draw.ellipse([cx - 3, cy - 3, cx + 3, cy + 3], fill=color)
+        draw.text((w - right - 150, top + 14 * i), label, color, font)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+@command
+def main(argv=None):
+    """Command line: write a sheet of images and their segments, print what the source holds."""
+    parser = Parser(__doc__, out="out/data.png")
+    parser.add_argument("--split", default="train2017", help="(default %(default)s)")
+    parser.add_argument("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
+    args = parser.parse_args(argv)
+    source = open_data(args.data, args.split, args.size or 64, args.seed, args.background)
+    samples = [source[i] for i in random.Random(args.seed).sample(range(len(source)), min(args.limit, len(source)))]
+    picture(args.out, [[s["image"], colorize(s["ids"]), overlay(s["image"], s["ids"])] for s in samples], ["image", "ids", "overlay"])
+    figures = {"images": len(source), "categories": len(source.categories),
+               "segments_per_image": float(np.mean([len(s["segments_info"]) for s in samples]))}
+    print(f"{args.data} {args.split}: {figures['images']} images, {figures['categories']} categories, "
+          f"{figures['segments_per_image']:.1f} segments an image on the sheet -> {args.out}")
+    if args.json:
+        write_json(args.json, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""pq.py: panoptic quality in plain NumPy (Kirillov et al. 2019; the paper's metric, section 4.1, Tables 1 and 2).
+
+    python pq.py --gt gt.json --pred predictions.json                     # two COCO panoptic files and their PNGs
+    python pq.py --gt gt.json --pred predictions.json --class_agnostic    # every category counts as one (Table 1)
+
+A predicted and a true segment of the same category match where IoU > 0.5, which makes the match unique. Then
+    SQ = mean IoU of the matches,  RQ = TP / (TP + FP/2 + FN/2),  PQ = SQ * RQ,
+per category, averaged over the categories that occur. Void and crowd follow COCO's panoptic API.
+"""
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+VOID = 0
+OBJECT = [{"id": 1, "name": "object", "isthing": 1}]
+
+
+class BadInput(ValueError):
+    """Something that the user gave is wrong; the message is one line."""
+
+
+class PanopticQuality:
+    """Accumulates matches over images. `state` of several processes may be summed before `result`.
+
+    categories: COCO's list of {id, isthing}; None is class-agnostic: every segment has category 1."""
+
+    def __init__(self, categories=None):
+        self.agnostic = categories is None
+        self.categories = OBJECT if categories is None else categories
+        self.row = {c["id"]: i for i, c in enumerate(self.categories)}
+        self.counts = np.zeros((len(self.row), 3), np.int64)   # TP, FP, FN of each category
+        self.iou = np.zeros(len(self.row))                     # sum of the matches' IoU
+
+    def _rows(self, segments, what):
+        """Row of each segment's category. Raises BadInput for a category that is not in the list."""
+        if self.agnostic:
+            return np.zeros(len(segments), np.int64)
+        unknown = [s for s in segments if s.get("category_id") not in self.row]
+        if unknown:
+            raise BadInput(f"{what}: segment {unknown[0]['id']} has category {unknown[0].get('category_id')}, which the ground truth does not list")
+        return np.array([self.row[s["category_id"]] for s in segments], np.int64)
+
+    def update(self, gt, gt_segments, pred, pred_segments, what="image"):
+        """Add one image.
+
+        gt, pred: H x W integer id maps of the same size, 0 = void; *_segments: lists of {id, category_id[, iscrowd]}.
+        Every id of pred must be listed once and every listed one must occur. Raises BadInput, naming `what`."""
+        if gt.shape != pred.shape:
+            raise BadInput(f"{what}: the prediction is {pred.shape[1]} x {pred.shape[0]} pixels, the ground truth {gt.shape[1]} x {gt.shape[0]}")
+        inter = _overlaps(gt, [s["id"] for s in gt_segments], pred, [s["id"] for s in pred_segments], what)
+        gt_area, pred_area = inter.sum(1)[1:-1], inter.sum(0)[1:]
+        void, inter = inter[0, 1:], inter[1:-1, 1:]            # the overlap with void; segments x segments
+        gt_row, pred_row = self._rows(gt_segments, what), self._rows(pred_segments, what)
+        crowd = np.array([bool(s.get("iscrowd")) for s in gt_segments], bool)
+
+        union = gt_area[:, None] + pred_area[None] - inter - void[None]
+        iou = inter / np.maximum(union, 1)
+        match = (iou > 0.5) & (gt_row[:, None] == pred_row[None]) & ~crowd[:, None]
+        # a prediction that lies mostly on void or on the crowd of its category is not counted
+        ignored = void.copy()
+        last_crowd = {gt_row[i]: i for i in np.flatnonzero(crowd)}          # the API keeps one crowd a category
+        for row, i in last_crowd.items():
+            ignored += np.where(pred_row == row, inter[i], 0)
+        false_pos = ~match.any(0) & (ignored * 2 <= pred_area)
+        false_neg = ~match.any(1) & ~crowd
+        g, p = np.nonzero(match)
+        np.add.at(self.iou, gt_row[g], iou[g, p])
+        np.add.at(self.counts, (gt_row[g], 0), 1)
+        np.add.at(self.counts, (pred_row[false_pos], 1), 1)
+        np.add.at(self.counts, (gt_row[false_neg], 2), 1)
+
+    def missed(self, gt_segments, what="image"):
+        """Add an image without a prediction: all its segments are missed."""
+        rows = self._rows([s for s in gt_segments if not s.get("iscrowd")], what)
+        np.add.at(self.counts, (rows, 2), 1)
+
+    @property
+    def state(self):
+        """All that was accumulated as one C x 4 float64 array (IoU sum, TP, FP, FN): sum it over processes and set it back."""
+        return np.concatenate([self.iou[:, None], self.counts], 1)
+
+    @state.setter
+    def state(self, value):
+        self.iou, self.counts = value[:, 0].copy(), np.rint(value[:, 1:]).astype(np.int64)
+
+    def result(self):
+        """PQ, SQ, RQ as fractions, in the panoptic API's layout: All, Things, Stuff (with n categories) and per_class."""
+        tp, fp, fn = self.counts.T
+        seen = (tp + fp + fn) > 0
+        sq = self.iou / np.maximum(tp, 1)
+        rq = tp / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
+        pq = self.iou / np.maximum(tp + 0.5 * fp + 0.5 * fn, 0.5)
+        thing = np.array([bool(c.get("isthing", 1)) for c in self.categories])
+        mean = lambda values, keep: float(values[keep].mean()) if keep.any() else 0.0
+        groups = {"All": seen, "Things": seen & thing, "Stuff": seen & ~thing}
+        result = {k: {"pq": mean(pq, s), "sq": mean(sq, s), "rq": mean(rq, s), "n": float(s.sum())} for k, s in groups.items()}
+        result["per_class"] = {str(c["id"]): {"pq": float(pq[i]), "sq": float(sq[i]), "rq": float(rq[i])}
+                               for i, c in enumerate(self.categories)}
+        return result
+
+
+def _overlaps(gt, gt_ids, pred, pred_ids, what):
+    """Pixels that each pair of segments shares: (1 + G + 1) x (1 + P), int64; first is void, the last row unlisted ids."""
+    def compact(ids, listed, name):
+        present, inverse = np.unique(ids, return_inverse=True)
+        if len(set(listed)) < len(listed):
+            raise BadInput(f"{what}: the {name} lists a segment id twice")
+        index = {VOID: 0, **{s: i + 1 for i, s in enumerate(listed)}}
+        return np.array([index.get(i, -1) for i in present.tolist()], np.int64), inverse.reshape(-1)
+    (g, g_inverse), (p, p_inverse) = compact(gt, gt_ids, "ground truth"), compact(pred, pred_ids, "prediction")
+    if (p < 0).any():
+        raise BadInput(f"{what}: the prediction holds an id that its segments_info does not list")
+    g[g < 0] = len(gt_ids) + 1
+    pairs = np.bincount(g[g_inverse] * (len(pred_ids) + 1) + p[p_inverse], minlength=(len(gt_ids) + 2) * (len(pred_ids) + 1))
+    inter = pairs.reshape(len(gt_ids) + 2, len(pred_ids) + 1).astype(np.int64)
+    if (inter[:, 1:].sum(0) == 0).any():
+        raise BadInput(f"{what}: the prediction lists segment {pred_ids[int(inter[:, 1:].sum(0).argmin())]}, which has no pixel")
+    return inter
+
+
+def table(result):
+    """The PQ/SQ/RQ table, in percent, as lines of text."""
+    rows = [f"{'':8}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'n':>5}"]
+    for name in ("All", "Things", "Stuff"):
+        r = result[name]
+        rows.append(f"{name:8}{100 * r['pq']:7.1f}{100 * r['sq']:7.1f}{100 * r['rq']:7.1f}{int(r['n']):5}")
+    return "\n".join(rows[:2] if len(result["per_class"]) == 1 else rows)
+
+
+def _read(path):
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        annotations = {a["image_id"]: (a["file_name"], a["segments_info"]) for a in content["annotations"]}
+        if not all(isinstance(f, str) and all(isinstance(s["id"], int) for s in segments) for f, segments in annotations.values()):
+            raise TypeError("segments_info")
+        return annotations, content.get("categories")
+    except OSError as error:
+        raise BadInput(f"{path}: can't be read ({error.strerror})") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}: not a COCO panoptic file (no annotations with image_id, file_name and segments_info)") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON ({error})") from None
+
+
+def _ids(folder, name):
+    path = Path(folder) / name
+    try:
+        with Image.open(path) as image:
+            rgb = np.asarray(image.convert("RGB")).astype(np.int64)
+    except Exception as error:
+        raise BadInput(f"{path}: no readable PNG ({type(error).__name__})") from None
+    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+
+
+def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
+    """Evaluate two COCO panoptic JSON files; PNG folders default to the JSON's path without `.json`. Raises BadInput."""
+    truth, categories = _read(gt)
+    predictions, _ = _read(pred)
+    if not class_agnostic and not (isinstance(categories, list) and all(isinstance(c, dict) and "id" in c for c in categories)):
+        raise BadInput(f"{gt}: no list of categories; add --class_agnostic to do without")
+    gt_dir, pred_dir = gt_dir or str(gt).removesuffix(".json"), pred_dir or str(pred).removesuffix(".json")
+    quality = PanopticQuality(None if class_agnostic else categories)
+    for image_id, (name, segments) in truth.items():
+        if image_id not in predictions:
+            quality.missed(segments, f"image {image_id}")
+            continue
+        pred_name, pred_segments = predictions[image_id]
+        quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, pred_name), pred_segments, f"image {image_id}")
+    return quality.result()
+
+
+def command(main):
+    """Make `main(argv)` end on BadInput with one line on stderr and exit code 2 instead of a traceback."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(argv)
+        except BadInput as error:
+            print(f"pq.py: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+    return run
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+@command
+def main(argv=None):
+    """Command line: evaluate two COCO panoptic files, print the table, optionally write JSON (fractions)."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gt", required=True, help="COCO panoptic JSON of the ground truth")
+    parser.add_argument("--pred", required=True, help="COCO panoptic JSON of the prediction")
+    parser.add_argument("--gt_dir", help="its PNGs (default: the JSON's path without .json)")
+    parser.add_argument("--pred_dir", help="its PNGs (default: the JSON's path without .json)")
+    parser.add_argument("--class_agnostic", action="store_true", help="every category counts as one")
+    parser.add_argument("--json", help="also write the result, as fractions, to this file")
+    args = parser.parse_args(argv)
+    result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic)
+    print(table(result))
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json + ".tmp").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(args.json + ".tmp", args.json)
+
+
+if __name__ == "__main__":
+    main()
