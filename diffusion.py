@@ -1,0 +1,470 @@
+"""diffusion.py: stage 2, denoise the latent of a segmentation map given the image (paper section 3.2, Algorithms 1 and 2).
+
+    python diffusion.py                                   # the paper's run on one GPU: COCO in data/coco, 512 px
+    torchrun --nproc_per_node=8 diffusion.py              # on eight GPUs; --batch_size is the global one
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 diffusion.py     # on two machines
+    python diffusion.py --model small --data shapes       # built-in scenes, from scratch, no download
+    python diffusion.py --ckpt checkpoints/ldm.pt --iters 0 --export ldm.pt    # evaluate; write the weights in half precision
+
+Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alphas_cumprod[j],
+    z = scale * E(y)          latent of the id map               B x 4 x h x w
+    image_latent              latent of the image, z_i           B x c x h x w
+    self_cond                 the previous estimate of z, z^0    B x 4 x h x w
+    eps                       Gaussian noise; z^j is z noised to timestep j by eq. 3
+Needs the autoencoder of stage 1 (--ae). Writes to --out: ldm.pt (last weights; all that sampling needs), ldm_best.pt,
+ldm_state.pt (to --resume from), log.jsonl, ldm.png, ldm_loss.png.
+"""
+import argparse
+import contextlib
+import hashlib
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import ae
+import data
+import pq
+from data import BadInput, is_main
+
+# Settings of `--model`; each can be set by the flag of its name.
+MODELS = {
+    "sd": dict(iters=50_000, batch_size=256, lr=1e-4, schedule="cosine", weight_decay=0.05, clip=1.0, ema=0.0, latent_scale=0.18215,
+               loss_weight="linear", self_cond=1.0, gradient_checkpointing=True),
+    "small": dict(iters=12_000, batch_size=32, lr=1e-3, schedule="cosine", weight_decay=0.01, clip=1.0, ema=0.999, latent_scale=0.0,
+                  loss_weight="none", self_cond=0.5, gradient_checkpointing=False),
+}
+SD_SCALE = 0.18215  # Stable Diffusion's factor on its VAE's latents
+
+# ------------------------------------------------------------------------------------------- the DDIM scheduler
+
+
+class DDIM:
+    """Noise schedule and deterministic sampler (Song et al. 2021; paper eq. 3 and 5), Stable Diffusion's numbers.
+
+    prediction: what the network's output estimates, "epsilon" (the paper), "sample" (z^0) or "v"."""
+
+    def __init__(self, prediction="epsilon", T=1000, beta_start=0.00085, beta_end=0.012):
+        self.T, self.prediction = T, prediction
+        betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T) ** 2
+        self.alphas_cumprod = (1 - betas).cumprod(0)                       # T, float32
+
+    def scales(self, j, z):
+        """sqrt(ab_j) and sqrt(1 - ab_j), shaped to multiply z (B x 4 x h x w); j: int or B."""
+        ab = self.alphas_cumprod.to(z.device)[j].reshape(-1, 1, 1, 1)
+        return ab.sqrt(), (1 - ab).sqrt()
+
+    def add_noise(self, z, eps, j):
+        """eq. 3: z^j = sqrt(ab_j) z + sqrt(1 - ab_j) eps."""
+        a, b = self.scales(j, z)
+        return a * z + b * eps
+
+    def target(self, z, eps, j):
+        """What the network should put out for z noised with eps to timestep j."""
+        a, b = self.scales(j, z)
+        return {"epsilon": eps, "sample": z, "v": a * eps - b * z}[self.prediction]
+
+    def remove_noise(self, zj, output, j):
+        """The estimate of z^0 from z^j and the network's output (eq. 3 solved for z)."""
+        a, b = self.scales(j, zj)
+        if self.prediction == "sample":
+            return output
+        return a * zj - b * output if self.prediction == "v" else (zj - b * output) / a
+
+    def step(self, zj, z0, j, j_prev):
+        """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the sample at the earlier timestep j_prev.
+
+        Past the last timestep (j_prev < 0) the schedule ends at ab_0, as Stable Diffusion's does."""
+        a, b = self.scales(j, zj)
+        eps = (zj - a * z0) / b
+        a, b = self.scales(max(j_prev, 0), zj)
+        return a * z0 + b * eps
+
+    def timesteps(self, steps):
+        """`steps` equidistant timesteps from T-1 down, as ints. Raises BadInput outside 1..T."""
+        if not 1 <= steps <= self.T:
+            raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
+        return [round((i + 1) * self.T / steps) - 1 for i in reversed(range(steps))]
+
+    def loss_weights(self, kind, max_snr=2.0):
+        """w_j of eq. 4, T floats. linear: 1, falling towards 0 over the lowest quarter of j (the paper);
+        snr: min(SNR, 2) / SNR (the authors' release); none: 1."""
+        j = torch.arange(self.T)
+        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        return {"none": torch.ones(self.T), "linear": ((j + 1) / (self.T / 4)).clamp(max=1), "snr": snr.clamp(max=max_snr) / snr}[kind]
+
+
+# ------------------------------------------------------------------------------------------------- the networks
+
+
+class Pixels(nn.Module):
+    """Image latent without a network: a lossless rearrangement of f x f pixels into 3 f^2 channels."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.config = {"factor": factor}
+        self.factor, self.channels = factor, 3 * factor ** 2
+
+    def forward(self, x):
+        """x: B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
+        return F.pixel_unshuffle(x, self.factor)
+
+
+class SDEncoder(nn.Module):
+    """Image latent from Stable Diffusion's VAE encoder: the mode of its Gaussian, times 0.18215."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.config, self.channels, self.factor = plain(vae.config), vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+
+    def forward(self, x):
+        """x: B x 3 x H x W in -1..1 -> B x 4 x H/8 x W/8."""
+        return SD_SCALE * self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
+
+
+def plain(config):
+    """A diffusers config as a dict of plain values, without its private entries."""
+    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+def build_unet(config):
+    """Stable Diffusion's UNet class with the cross-attention removed (its residual branch is skipped)."""
+    from diffusers import UNet2DConditionModel
+    unet = UNet2DConditionModel(**config)
+    for block in unet.modules():
+        if hasattr(block, "attn2"):
+            block.attn2 = block.norm2 = None
+    return unet
+
+
+def small_unet_config(in_channels, latent_size, channels):
+    """The same class with few channels; attention at every resolution of at most 1,024 cells."""
+    widths = [channels, 2 * channels, 2 * channels] if latent_size % 4 == 0 else [channels, 2 * channels]
+    attention = [(latent_size >> i) ** 2 <= 1024 for i in range(len(widths))]
+    return dict(sample_size=latent_size, in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=1,
+                attention_head_dim=8, cross_attention_dim=8, norm_num_groups=16,
+                mid_block_type="UNetMidBlock2DCrossAttn",
+                down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
+                up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)])
+
+
+def load_sd(name):
+    """UNet state and config and VAE of Stable Diffusion, from a hub id or a folder. Raises BadInput."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    try:
+        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--sd {name}: can't be loaded ({str(error).strip().splitlines()[0][:120]}); give a hub id with network, "
+                       "or a folder with unet/ and vae/; --model small needs no download") from None
+    return unet, vae
+
+
+def grow_conv_in(unet, in_channels):
+    """Load a pretrained UNet into one with more input channels: [z: pretrained weights, image: zeros, self_cond: zeros]."""
+    grown = build_unet({**plain(unet.config), "in_channels": in_channels})
+    state = {k: v for k, v in unet.state_dict().items() if k in grown.state_dict()}
+    weight = torch.zeros_like(grown.conv_in.weight)
+    weight[:, :unet.config.in_channels] = state["conv_in.weight"]
+    grown.load_state_dict({**state, "conv_in.weight": weight})
+    return grown
+
+
+class LDM(nn.Module):
+    """The whole model: `forward` is the training loss (Algorithm 1), `sample` generates masks (Algorithm 2).
+
+    autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a checkpoint keeps."""
+
+    def __init__(self, autoencoder, image_encoder, unet, settings):
+        super().__init__()
+        self.autoencoder, self.image_encoder, self.unet, self.settings = autoencoder.eval(), image_encoder.eval(), unet, settings
+        self.autoencoder.requires_grad_(False)
+        self.image_encoder.requires_grad_(False)
+        self.scale, self.ddim = settings["latent_scale"], DDIM(settings["prediction"])
+
+    def encode(self, ids):
+        """y (B x H x W ids) -> z (B x 4 x h x w)."""
+        return self.scale * self.autoencoder.encode(ids)[0]
+
+    def decode(self, z):
+        """z (B x 4 x h x w) -> logits (B x N x 4h x 4w)."""
+        return self.autoencoder.decode(z / self.scale)
+
+    def encode_image(self, images):
+        """Images (B x 3 x H x W, uint8) -> image_latent (B x c x h x w)."""
+        return self.image_encoder(images.float() / 127.5 - 1)
+
+    def denoise(self, zj, image_latent, self_cond, j):
+        """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
+        return self.unet(torch.cat([zj, image_latent, self_cond], 1), j, encoder_hidden_states=None).sample.float()
+
+    def forward(self, images, ids, eps, j, loss_weights, self_cond=1.0):
+        """Algorithm 1: the loss of eq. 4, mean over all cells.
+
+        images: B x 3 x H x W, uint8; ids: B x H x W; eps: B x 4 x h x w; j: B, timesteps; loss_weights: T;
+        self_cond: share of the batch that gets the estimate of a first pass (1: all, the authors; 0.5: Analog Bits)."""
+        with torch.no_grad():
+            z = self.encode(ids)                                           # encode the target
+            image_latent = self.encode_image(images)                       # encode the image
+            zj = self.ddim.add_noise(z, eps, j)                            # eq. 3
+            condition = torch.zeros_like(z)
+            if n := round(self_cond * len(z)):                             # self-conditioning: a first estimate of z^0
+                output = self.denoise(zj[:n], image_latent[:n], condition[:n], j[:n])
+                condition[:n] = self.ddim.remove_noise(zj[:n], output, j[:n])
+        output = self.denoise(zj, image_latent, condition, j)
+        error = (output - self.ddim.target(z, eps, j)).square()            # B x 4 x h x w
+        valid = F.interpolate(ids[:, None].float(), size=z.shape[2:], mode="nearest") > 0
+        return (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
+
+    @torch.no_grad()
+    def sample(self, image_latent, noise, steps, trace=None):
+        """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a segmentation, B x 4 x h x w.
+
+        trace: a list that receives the estimate of z^0 after each step."""
+        z, self_cond = noise, torch.zeros_like(noise)
+        timesteps = self.ddim.timesteps(steps)
+        for j, j_prev in zip(timesteps, timesteps[1:] + [-1]):
+            output = self.denoise(z, image_latent, self_cond, j)
+            z0 = self.ddim.remove_noise(z, output, j)
+            z = self.ddim.step(z, z0, j, j_prev)                           # eq. 5
+            self_cond = z0 if self.settings["self_cond"] else self_cond
+            if trace is not None:
+                trace.append(z0)
+        return z0
+
+
+def image_noise(seed, keys, shape, device):
+    """Gaussian noise that belongs to (seed, image): len(keys) x shape, whatever batch an image comes in."""
+    draws = []
+    for key in keys:
+        digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+        draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))))
+    return torch.stack(draws).to(device)
+
+
+def load_ldm(path):
+    """Checkpoint of stage 2 -> LDM in eval mode on the CPU; nothing is downloaded. Raises BadInput."""
+    content = ae.load(path, "ldm")
+    s = content["settings"]
+    autoencoder = ae.Autoencoder(**s["autoencoder"])
+    if s["image_encoder"].keys() == {"factor"}:
+        image_encoder = Pixels(**s["image_encoder"])
+    else:
+        from diffusers import AutoencoderKL
+        image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
+    model = LDM(autoencoder, image_encoder, build_unet(s["unet"]), s)
+    try:
+        model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
+    except RuntimeError as error:
+        raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, rows_wanted=6):
+    """Class-agnostic PQ of sampling a held-out set, and picture rows: image, sample, truth."""
+    model.eval()
+    quality, rows = pq.PanopticQuality(), []
+    for samples in data.evaluation_batches(dataset, batch_size, rank, world, num_workers):
+        image_latent = model.encode_image(torch.stack([s["input"] for s in samples]).to(device))
+        noise = image_noise(seed, [s["image_id"] for s in samples], (4, *image_latent.shape[2:]), device)
+        for s, logits in zip(samples, model.decode(model.sample(image_latent, noise, steps))):
+            found = ae.postprocess(logits, *s["ids"].shape, min_area=model.settings["min_area"])
+            quality.update(s["ids"], s["segments_info"], found, ae.describe(found), str(s["file_name"]))
+            if len(rows) < rows_wanted:
+                rows.append([s["image"], data.overlay(s["image"], found), data.overlay(s["image"], s["ids"])])
+    quality.state = ae.reduce_sum(quality.state, device)
+    return quality.result()["All"], rows
+
+
+@data.command
+def main(argv=None):
+    """Command line: train and evaluate stage 2."""
+    parser = data.Parser(__doc__, out="checkpoints")
+    ae.training_flags(parser, MODELS)
+    add = parser.add_argument
+    add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
+    add("--sd", default="CompVis/stable-diffusion-v1-4", help="--model sd: hub id or folder with unet/ and vae/ (default %(default)s)")
+    add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C", help="--model small: channels at the first resolution (default %(default)s)")
+    add("--prediction", default="epsilon", choices=["epsilon", "sample", "v"], help="what the network estimates (default %(default)s)")
+    add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4 (default: sd linear, small none)")
+    add("--latent_scale", type=float, help="factor on z (default: sd 0.18215; small, or 0: half of unit variance, measured)")
+    add("--self_cond", type=data.fraction, help="share of samples with self-conditioning (default: sd 1, small 0.5)")
+    add("--ema", type=data.fraction, help="decay of the averaged weights, 0 for none (default: sd 0, small 0.999)")
+    add("--clip", type=float, help="largest gradient norm (default 1)")
+    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
+    add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
+    add("--export", metavar="FILE", help="at the end also write the weights in half precision")
+    parser.set_defaults(weight_decay=None)
+    args = ae.parse(parser, MODELS, argv)
+    DDIM().timesteps(args.steps)
+    device, rank, world = ae.setup(args)
+    ae.check_batch(args, world)
+    precision = ae.pick_precision(args.precision, device)
+    out = Path(args.out)
+
+    # stage 1 and the data; the autoencoder says at which size and for how many ids it was trained
+    if args.data == "data/coco" and not Path(args.data).exists():
+        raise BadInput("data/coco is not there: get COCO (README, 'Data'), or try --model small --data shapes, which needs no download")
+    start_from = load_ldm(args.ckpt) if args.ckpt else None
+    if start_from:
+        autoencoder, size = start_from.autoencoder, start_from.settings["size"]
+    else:
+        autoencoder, stage1 = ae.load_autoencoder(args.ae or out / "ae.pt")
+        size = stage1["size"]
+    args.size = args.size or size
+    if args.size % (4 * autoencoder.factor):
+        raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor} for this autoencoder")
+    source = lambda split: data.open_data(args.data, split, args.size, args.seed, args.background)
+    train_set = data.Training(source(args.train_split), args.size, autoencoder.num_ids, args.seed, min_area=args.min_segment)
+    val_set = data.Evaluation(source(args.val_split), args.size, args.eval_images)
+
+    # the model
+    if start_from:
+        model = start_from
+    else:
+        if args.model == "sd":
+            pretrained, vae = load_sd(args.sd)
+            image_encoder = SDEncoder(vae)
+            unet = grow_conv_in(pretrained, 4 + image_encoder.channels + 4)
+            unet.time_embedding.requires_grad_(False)                      # frozen, as in the authors' release
+        else:
+            image_encoder = Pixels(autoencoder.factor)
+            torch.manual_seed(args.seed)
+            unet = build_unet(small_unet_config(4 + image_encoder.channels + 4, args.size // autoencoder.factor, args.channels))
+        if image_encoder.factor != autoencoder.factor:
+            raise BadInput(f"the image encoder shrinks by {image_encoder.factor}, the autoencoder by {autoencoder.factor}: train stage 1 with --factor {image_encoder.factor}")
+        if not args.latent_scale:
+            maps = torch.stack([train_set[n][1] for n in range(256)])
+            with torch.no_grad():
+                args.latent_scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
+        settings = dict(autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
+                        latent_scale=args.latent_scale, prediction=args.prediction, self_cond=args.self_cond > 0, size=args.size,
+                        min_area=ae.min_area(args.size), data=args.data, val_split=args.val_split, background=args.background, seed=args.seed)
+        model = LDM(autoencoder, image_encoder, unet, settings)
+    if args.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    model = model.to(device, memory_format=torch.channels_last)
+    model.unet.train()
+    weights = [p for p in model.unet.parameters() if p.requires_grad]
+    average = [p.detach().clone() for p in weights] if args.ema else []     # EMA
+    norms = {id(p) for m in model.unet.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) for p in m.parameters()}
+    optimizer = torch.optim.AdamW([{"params": [p for p in weights if id(p) not in norms]},
+                                   {"params": [p for p in weights if id(p) in norms], "weight_decay": 0.0}],
+                                  lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                              broadcast_buffers=False) if world > 1 else model
+    loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)
+
+    start, best = 0, -1.0
+    if args.resume:
+        state = ae.load(out / "ldm_state.pt", "ldm_state")
+        if state["settings"]["unet"] != model.settings["unet"] or len(state["average"]) != len(average):
+            raise BadInput(f"--resume: {out / 'ldm_state.pt'} is a run of another model; give the flags that it was started with")
+        model.settings.update(state["settings"])
+        model.scale = state["settings"]["latent_scale"]
+        model.unet.load_state_dict(state["unet"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        average = [a.to(device) for a in state["average"]]
+        start, best = state["iteration"], state["best"]
+
+    def swap_ema():
+        """Exchange the weights and their average."""
+        for p, a in zip(weights, average):
+            p.data, a.data = a.data, p.data
+
+    def checkpoint(dtype=torch.float32):
+        """What sampling needs; to be called with the averaged weights in place."""
+        return {"kind": "ldm", "settings": model.settings, "weights": {k: v.to("cpu", dtype) for k, v in model.state_dict().items()}}
+
+    if is_main():
+        print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, latent scale {model.scale:.4f}, "
+              f"batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
+        out.mkdir(parents=True, exist_ok=True)
+
+    # training: Algorithm 1
+    batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
+    progress = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=not is_main(), unit="it", mininterval=1)
+    seen, clock, running, result = 0, time.time(), [], None
+    for it in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = ae.learning_rate(it, args)
+        ae.seed_iteration(args.seed, it, rank)
+        for k in range(args.accum):
+            images, ids = (t.to(device, non_blocking=True) for t in next(batches))
+            latent = (len(ids), 4, args.size // autoencoder.factor, args.size // autoencoder.factor)
+            eps, j = torch.randn(latent, device=device), torch.randint(0, model.ddim.T, (len(ids),), device=device)
+            with contextlib.nullcontext() if k == args.accum - 1 or world == 1 else ddp.no_sync(), ae.autocast(precision, device):
+                loss = ddp(images, ids, eps, j, loss_weights, args.self_cond)
+            scaler.scale(loss / args.accum).backward()
+            running.append(loss.detach())                                  # read late: no waiting for the device here
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(weights, args.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if average:
+            torch._foreach_lerp_(average, [p.data for p in weights], 1 - min(args.ema, (it + 1) / (it + 10)))
+
+        seen += args.batch_size
+        if (it + 1) % args.log_every == 0 and is_main():
+            value, rate = torch.stack(running).mean().item(), seen / (time.time() - clock)
+            seen, clock, running = 0, time.time(), []
+            progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.0f}")
+            ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, loss=value, grad_norm=norm.item(), lr=ae.learning_rate(it, args), images_per_second=rate)
+        done = it + 1 == args.iters
+        if (it + 1) % args.eval_every == 0 or done:
+            swap_ema()
+            result, rows = evaluate(model, val_set, device, args.steps, args.seed, 32, rank, world, args.num_workers)
+            if is_main():
+                ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, val_pq=100 * result["pq"], val_steps=args.steps)
+                data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
+                if result["pq"] > best:
+                    best = result["pq"]
+                    ae.save(out / "ldm_best.pt", checkpoint())
+            swap_ema()
+            model.unet.train()
+            clock, seen = time.time(), 0
+        if ((it + 1) % args.save_every == 0 or done) and is_main():
+            swap_ema()
+            ae.save(out / "ldm.pt", checkpoint())
+            swap_ema()
+            ae.save(out / "ldm_state.pt", {"kind": "ldm_state", "settings": model.settings, "unet": model.unet.state_dict(), "average": average,
+                                           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": it + 1, "best": best})
+
+    # what came of it
+    swap_ema()
+    if result is None:
+        result, rows = evaluate(model, val_set, device, args.steps, args.seed, 32, rank, world, args.num_workers)
+        if is_main():
+            data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
+    if is_main():
+        print(f"sampling {len(val_set)} {args.val_split} images with {args.steps} steps: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  "
+              f"RQ {100 * result['rq']:.1f} -> {out / 'ldm.png'}")
+        if start < args.iters:
+            entries = ae.read_log(out / "log.jsonl", "ldm", args.iters)
+            curve = lambda key: zip(*[(e["iteration"], e[key]) for e in entries if key in e])
+            data.plot(out / "ldm_loss.png", {"loss": curve("loss")}, "iteration", "loss", log_y=True)
+            data.plot(out / "ldm_pq.png", {"validation PQ": curve("val_pq")}, "iteration", "PQ")
+        if args.json:
+            data.write_json(args.json, {"images": len(val_set), **{k: 100 * result[k] for k in ("pq", "sq", "rq")}})
+        if args.export:
+            ae.save(args.export, checkpoint(torch.float16))
+            print(f"wrote {args.export} ({Path(args.export).stat().st_size / 1e6:.1f} MB)")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main()
