@@ -447,18 +447,17 @@ def encode_ids(ids, num_ids, encoding="bits"):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the flags that mean the same in every script."""
 
-    def __init__(self, doc, out, **defaults):
+    def __init__(self, doc, out, data="data/coco"):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--data", default="data/coco", help="'shapes' or a folder in COCO layout (default %(default)s)")
-        self.add_argument("--background", default="segment", choices=["segment", "void"], help="instances layout: pixels of no instance (default %(default)s)")
+        self.add_argument("--data", default=data, help=f"'shapes' or a folder in COCO layout (default: {data or 'that of the checkpoint'})")
+        self.add_argument("--background", default="segment", choices=["segment", "void"], help="instances layout: what pixels of no instance are (default: one segment)")
         self.add_argument("--size", type=positive, help="side of the square that the network sees, in pixels")
         self.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
-        self.add_argument("--out", default=out, help="folder or file to write (default %(default)s)")
+        self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
         self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
         self.add_argument("--num_workers", type=int, default=min(os.cpu_count() - 1, 8), help="data loader processes of each rank (default %(default)s)")
         self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
-        self.set_defaults(**defaults)
 
     def error(self, message):
         raise BadInput(message)
@@ -573,17 +572,18 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
 @command
 def main(argv=None):
     """Command line: write a sheet of images and their segments, print what the source holds."""
-    parser = Parser(__doc__, out="out/data.png")
+    parser = Parser(__doc__, out="out")
     parser.add_argument("--split", default="train2017", help="(default %(default)s)")
     parser.add_argument("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
     args = parser.parse_args(argv)
     source = open_data(args.data, args.split, args.size or 64, args.seed, args.background)
     samples = [source[i] for i in random.Random(args.seed).sample(range(len(source)), min(args.limit, len(source)))]
-    picture(args.out, [[s["image"], colorize(s["ids"]), overlay(s["image"], s["ids"])] for s in samples], ["image", "ids", "overlay"])
+    sheet = Path(args.out) / "data.png"
+    picture(sheet, [[s["image"], colorize(s["ids"]), overlay(s["image"], s["ids"])] for s in samples], ["image", "ids", "overlay"])
     figures = {"images": len(source), "categories": len(source.categories),
                "segments_per_image": float(np.mean([len(s["segments_info"]) for s in samples]))}
     print(f"{args.data} {args.split}: {figures['images']} images, {figures['categories']} categories, "
-          f"{figures['segments_per_image']:.1f} segments an image on the sheet -> {args.out}")
+          f"{figures['segments_per_image']:.1f} segments an image on the sheet -> {sheet}")
     if args.json:
         write_json(args.json, figures)
 

@@ -270,7 +270,7 @@ def load_ldm(path):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, rows_wanted=6):
+def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5):
     """Class-agnostic PQ of sampling a held-out set, and picture rows: image, sample, truth."""
     model.eval()
     quality, rows = pq.PanopticQuality(), []
@@ -278,9 +278,9 @@ def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1
         image_latent = model.encode_image(torch.stack([s["input"] for s in samples]).to(device))
         noise = image_noise(seed, [s["image_id"] for s in samples], (4, *image_latent.shape[2:]), device)
         for s, logits in zip(samples, model.decode(model.sample(image_latent, noise, steps))):
-            found = ae.postprocess(logits, *s["ids"].shape, min_area=model.settings["min_area"])
+            found = ae.postprocess(logits, *s["ids"].shape, threshold, model.settings["min_area"])
             quality.update(s["ids"], s["segments_info"], found, ae.describe(found), str(s["file_name"]))
-            if len(rows) < rows_wanted:
+            if len(rows) < 6:
                 rows.append([s["image"], data.overlay(s["image"], found), data.overlay(s["image"], s["ids"])])
     quality.state = ae.reduce_sum(quality.state, device)
     return quality.result()["All"], rows

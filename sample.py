@@ -1,0 +1,198 @@
+"""sample.py: from an image to its segments with a trained model (paper section 3.2, Algorithm 2; protocol: 4.1, supplement B).
+
+    python sample.py                                      # evaluate on the split that the checkpoint names: PQ, SQ, RQ
+    python sample.py --steps 5 10 20 50                   # a table over sampling steps (paper: Fig. 9, left)
+    python sample.py --images photo.jpg                   # segment any picture, or a folder of them
+    torchrun --nproc_per_node=8 sample.py                 # evaluate on eight GPUs
+
+Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. Here are its inputs and outputs.
+From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(model, Image.open("photo.jpg"))
+Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+import ae
+import data
+import diffusion
+import pq
+from data import BadInput, is_main
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+
+def load(path=None, device="cpu"):
+    """Checkpoint of diffusion.py -> LDM in eval mode on `device`. None: checkpoints/ldm.pt, else the shipped weights.
+
+    Raises BadInput if the file is missing, cut short or of another kind."""
+    if path is None:
+        path = Path("checkpoints/ldm.pt")
+        if not path.is_file():
+            path = Path(__file__).parent / "assets" / "shapes.pt"
+            if is_main():
+                print(f"no checkpoints/ldm.pt yet: using the shipped {path.parent.name}/{path.name}, trained on the built-in scenes", file=sys.stderr)
+    return diffusion.load_ldm(path).to(device)
+
+
+@torch.no_grad()
+def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5):
+    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void).
+
+    keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch."""
+    device, size = next(model.parameters()).device, model.settings["size"]
+    inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
+    image_latent = model.encode_image(inputs)                              # B x c x h x w
+    noise = diffusion.image_noise(seed, keys, (4, *image_latent.shape[2:]), device)
+    logits = model.decode(model.sample(image_latent, noise, steps))        # B x N x 4h x 4w
+    return [ae.postprocess(l, *image.shape[:2], threshold, model.settings["min_area"]) for l, image in zip(logits, images)]
+
+
+def segment(model, image, steps=50, seed=0, threshold=0.5):
+    """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format.
+
+    threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
+    array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    ids = segment_batch(model, [array], [""], steps, seed, threshold)[0]
+    return ids, ae.describe(ids)
+
+
+def find_images(path):
+    """A file or a folder -> list of pictures. Raises BadInput if there is none, or if two would get the same name."""
+    path = Path(path)
+    if not path.exists():
+        raise BadInput(f"--images {path}: no such file or folder")
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise BadInput(f"--images {path}: no picture in this folder ({' '.join(sorted(SUFFIXES))})")
+    stems = {}
+    for file in files:
+        if stems.setdefault(file.stem, file) != file:
+            raise BadInput(f"--images {path}: {stems[file.stem].name} and {file.name} would both be written as {file.stem}.png; rename one")
+    return files
+
+
+def image_id(path):
+    """COCO's convention: the file's stem as an integer where it is one, else the stem."""
+    return int(path.stem) if path.stem.isdecimal() else path.stem
+
+
+def predict_files(model, files, out, args, rank, world):
+    """Segment picture files: out/predictions/STEM.png, out/predictions.json (COCO panoptic), out/overlays/STEM.png.
+
+    A picture that can't be read is named and left out; the list of those is returned."""
+    (out / "predictions").mkdir(parents=True, exist_ok=True)
+    (out / "overlays").mkdir(exist_ok=True)
+    images, annotations, broken = [], [], []
+    mine = files[rank::world]
+    for start in tqdm(range(0, len(mine), args.batch_size), disable=not is_main(), unit="batch"):
+        batch = []
+        for file in mine[start:start + args.batch_size]:
+            try:
+                batch.append((file, data.read_image(file, upright=True)))
+            except BadInput as error:
+                broken.append(str(error))
+        if not batch:
+            continue
+        found = segment_batch(model, [i for _, i in batch], [f.stem for f, _ in batch], args.steps[-1], args.seed, args.threshold)
+        for (file, image), ids in zip(batch, found):
+            data.write_id_png(out / "predictions" / f"{file.stem}.png", ids)
+            Image.fromarray(data.overlay(image, ids)).save(out / "overlays" / f"{file.stem}.png")
+            images.append({"id": image_id(file), "file_name": file.name, "height": ids.shape[0], "width": ids.shape[1]})
+            annotations.append({"image_id": image_id(file), "file_name": f"{file.stem}.png", "segments_info": ae.describe(ids)})
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, (images, annotations, broken))
+        images, annotations, broken = (sum((g[i] for g in gathered), []) for i in range(3))
+    if is_main():
+        data.write_json(out / "predictions.json", {"images": images, "annotations": annotations, "categories": pq.OBJECT})
+    return broken
+
+
+def sampling_flags(parser):
+    """The flags that sample.py and inpaint.py share."""
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
+    add("--split", help="(default: the validation split that the checkpoint names)")
+    add("--limit", type=data.positive, help="only the first so many images of the split")
+    add("--min_area", type=int, help="segments under so many px of the image become void (default: the checkpoint's)")
+    add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
+    parser.set_defaults(batch_size=16, background=None)
+
+
+def open_model(args, device):
+    """The checkpoint of the flags, with --size and --min_area applied to it. Raises BadInput."""
+    model = load(args.ckpt, device).to(memory_format=torch.channels_last)
+    settings, f = model.settings, model.autoencoder.factor
+    if args.size and args.size % (4 * f):
+        raise BadInput(f"--size {args.size}: must be a multiple of {4 * f} for this model")
+    settings["size"] = args.size or settings["size"]
+    settings["min_area"] = settings["min_area"] if args.min_area is None else args.min_area
+    return model
+
+
+def open_split(model, args):
+    """The held-out images of the flags, by default those that the checkpoint names. Raises BadInput."""
+    s = model.settings
+    source = data.open_data(args.data or s["data"], args.split or s["val_split"], s["size"], s["seed"], args.background or s["background"])
+    return data.Evaluation(source, s["size"], args.limit)
+
+
+@data.command
+def main(argv=None):
+    """Command line: evaluate a split, or segment picture files."""
+    parser = data.Parser(__doc__, out="out", data=None)
+    sampling_flags(parser)
+    parser.add_argument("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
+    parser.add_argument("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
+    args = parser.parse_args(argv)
+    for steps in args.steps:
+        diffusion.DDIM().timesteps(steps)
+    files = find_images(args.images) if args.images else None
+    device, rank, world = ae.setup(args)
+    model, out = open_model(args, device), Path(args.out)
+    precision = ae.pick_precision(args.precision, device)
+
+    if files:
+        began = time.time()
+        with ae.autocast(precision, device):
+            broken = predict_files(model, files, out, args, rank, world)
+        done = len(files) - len(broken)
+        if is_main():
+            seconds = (time.time() - began) / max(done, 1)
+            print(f"{done} of {len(files)} pictures segmented, {seconds:.2f} s each -> {out / 'predictions.json'}, {out / 'predictions'}, {out / 'overlays'}")
+            if args.json:
+                data.write_json(args.json, {"images": done, "seconds_per_image": seconds})
+        if broken:
+            raise BadInput(f"{len(broken)} of {len(files)} pictures left out, the first: {broken[0]}")
+        return
+
+    dataset, results = open_split(model, args), {}
+    if is_main():
+        print(f"{len(dataset)} images, seed {args.seed}, {device.type}, {precision}\n{'steps':>6}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'s/image':>10}")
+    for steps in args.steps:
+        began = time.time()
+        with ae.autocast(precision, device):
+            result, rows = diffusion.evaluate(model, dataset, device, steps, args.seed, args.batch_size, rank, world, args.num_workers, args.threshold)
+        results[steps] = {**{k: 100 * result[k] for k in ("pq", "sq", "rq")}, "images": len(dataset), "seconds_per_image": (time.time() - began) / len(dataset)}
+        if is_main():
+            r = results[steps]
+            print(f"{steps:6}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}{r['seconds_per_image']:10.3f}", flush=True)
+    if is_main():
+        data.picture(out / "sample.png", rows, ["image", "sample", "truth"])
+        if len(results) > 1:
+            data.plot(out / "sample_steps.png", {k.upper(): (list(results), [r[k] for r in results.values()]) for k in ("pq", "sq", "rq")}, "sampling steps", "percent")
+        print(f"-> {out / 'sample.png'}")
+        if args.json:
+            data.write_json(args.json, {**results[args.steps[-1]], "by_steps": results})
+
+
+if __name__ == "__main__":
+    main()
