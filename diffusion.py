@@ -148,7 +148,7 @@ def small_unet_config(in_channels, latent_size, channels):
     widths = [channels, 2 * channels, 2 * channels] if latent_size % 4 == 0 else [channels, 2 * channels]
     attention = [(latent_size >> i) ** 2 <= 1024 for i in range(len(widths))]
     return dict(sample_size=latent_size, in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=1,
-                attention_head_dim=8, cross_attention_dim=8, norm_num_groups=16,
+                attention_head_dim=4, cross_attention_dim=8, norm_num_groups=16,  # four heads (diffusers counts heads here)
                 mid_block_type="UNetMidBlock2DCrossAttn",
                 down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention],
                 up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)])
