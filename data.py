@@ -210,8 +210,7 @@ class Folder:
         root, self.background = Path(folder), background
         files = {kind: root / "annotations" / f"{kind}_{split}.json" for kind in ("panoptic", "instances")}
         found = [kind for kind, file in files.items() if file.is_file()]
-        if not root.is_dir():
-            raise BadInput(f"--data {folder}: no such folder; give a folder in COCO layout, or --data shapes")
+        require_data(folder)
         if not found:
             raise BadInput(f"--data {folder}: neither annotations/panoptic_{split}.json nor annotations/instances_{split}.json is there")
         if len(found) == 2 and is_main():
@@ -295,6 +294,12 @@ class Folder:
             ids[mask], categories[i + 2] = i + 2, category
         areas = np.bincount(ids.ravel(), minlength=len(masks) + 2)
         return ids, [{"id": i, "category_id": c, "iscrowd": 0, "area": int(areas[i])} for i, c in categories.items() if areas[i]]
+
+
+def require_data(name):
+    """Raise BadInput unless `name` is `shapes` or a folder that is there."""
+    if name != "shapes" and not Path(name).is_dir():
+        raise BadInput(f"--data {name}: no such folder; the README's section Data says how to get COCO; --model small --data shapes needs no download")
 
 
 def open_data(name, split, size=64, seed=0, background="segment"):

@@ -313,8 +313,7 @@ def main(argv=None):
     out = Path(args.out)
 
     # stage 1 and the data; the autoencoder says at which size and for how many ids it was trained
-    if args.data == "data/coco" and not Path(args.data).exists():
-        raise BadInput("data/coco is not there: get COCO (README, 'Data'), or try --model small --data shapes, which needs no download")
+    data.require_data(args.data)
     start_from = load_ldm(args.ckpt) if args.ckpt else None
     if start_from:
         autoencoder, size = start_from.autoencoder, start_from.settings["size"]
