@@ -186,7 +186,7 @@ def describe(ids, category_id=1):
 def reduce_sum(value, device):
     """Sum a number or a float64 array over all processes."""
     if not dist.is_initialized():
-        return value
+        return value.cpu().numpy() if torch.is_tensor(value) else value
     total = torch.as_tensor(value, dtype=torch.float64).to(torch.float32 if device.type == "mps" else torch.float64).to(device)
     dist.all_reduce(total)
     return total.item() if total.ndim == 0 else total.cpu().numpy()
@@ -197,13 +197,13 @@ def reduce_sum(value, device):
 
 def setup(args):
     """Choose the device and, under torchrun, join the other processes: -> device, rank, world. Raises BadInput."""
-    name = args.device
+    rank, world, name = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), args.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if name.split(":")[0] not in available or not available[name.split(":")[0]]():
-        raise BadInput(f"--device {name}: not available here; use cpu or auto")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() and world == 1 else "cpu"
+    known = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    known += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in known:
+        raise BadInput(f"--device {name}: not available here; there is {', '.join(known)}")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
@@ -212,6 +212,13 @@ def setup(args):
         dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     torch.manual_seed(args.seed)
     return torch.device(name), rank, world
+
+
+def leave():
+    """Wait for the other processes and part from them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def check_batch(args, world):
@@ -230,7 +237,7 @@ def pick_precision(precision, device):
     """'auto' is bf16 where a GPU has it, else fp16 on CUDA and fp32 elsewhere."""
     if precision != "auto":
         return precision
-    return "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "fp32" if device.type != "cuda" else "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def learning_rate(it, args):
@@ -245,7 +252,7 @@ def learning_rate(it, args):
 
 def seed_iteration(seed, it, rank):
     """All randomness of an iteration follows from (seed, iteration, rank), so that a resumed run repeats it exactly."""
-    torch.manual_seed((seed * 1_000_003 + it) * 4096 + rank)
+    torch.manual_seed(((seed * 1_000_003 + it) * 4096 + rank) % 2 ** 63)
 
 
 def save(path, content):
@@ -296,31 +303,33 @@ def log(path, **entry):
         file.write(json.dumps({k: v if not isinstance(v, float) else float(f"{v:.6g}") for k, v in entry.items()}) + "\n")
 
 
-def read_log(path, stage, last):
-    """A log.jsonl -> the entries of a stage up to iteration `last`; a resumed run's repetitions replace the first ones."""
+def read_log(path, stage):
+    """A log.jsonl -> the entries of a stage's last run; what a resumed run repeats replaces its first account."""
     entries = {}
     for line in open(path):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):                              # a line that a kill cut short
             entry = json.loads(line)
-            if entry.get("stage") == stage and entry["iteration"] <= last:
-                entries.setdefault(entry["iteration"], {}).update(entry)
+            if entry.get("stage") == stage:
+                if entry.get("start") == 0:
+                    entries = {}
+                entries.setdefault(entry.get("iteration", 0), {}).update(entry)
     return [entries[k] for k in sorted(entries)]
 
 
 def training_flags(parser, models):
     """The flags that both training scripts have; defaults that depend on --model stand in its table."""
     add = parser.add_argument
-    add("--model", default="sd", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default %(default)s)")
-    add("--train_split", default="train2017", help="(default %(default)s)")
-    add("--val_split", default="val2017", help="(default %(default)s)")
-    add("--iters", type=int, help="iterations")
-    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--model", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default: that of --ckpt, else sd)")
+    add("--train_split", help="(default: that of --ckpt, else train2017)")
+    add("--val_split", help="(default: that of --ckpt, else val2017)")
+    add("--iters", type=data.natural, help="iterations")
+    add("--lr", type=data.amount, help="peak learning rate of AdamW")
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after the warm-up")
-    add("--warmup", type=int, default=200, help="iterations of linear warm-up (default %(default)s)")
-    add("--weight_decay", type=float, default=0.05, help="of AdamW (default %(default)s)")
-    add("--accum", type=data.positive, default=1, help="gradient accumulation steps in a batch (default %(default)s)")
+    add("--warmup", type=data.natural, default=200, help="iterations of linear warm-up (default %(default)s)")
+    add("--weight_decay", type=data.amount, default=0.05, help="of AdamW (default %(default)s)")
+    add("--accum", type=data.positive, help="gradient accumulation steps in a batch (default: stage 2 of sd as many as leave 32 samples a process, else 1)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
-    add("--min_segment", type=int, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
+    add("--min_segment", type=data.natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
     add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
     add("--resume", action="store_true", help="continue the run in --out from its last saved state")
     add("--log_every", type=data.positive, default=50, help="iterations (default %(default)s)")
@@ -329,14 +338,18 @@ def training_flags(parser, models):
     add("--eval_images", type=data.positive, default=256, help="validation images of an evaluation (default %(default)s)")
 
 
-def parse(parser, models, argv):
-    """Parse flags; what was not given comes from the table of --model. Raises BadInput."""
+def parse(parser, models, argv, kind):
+    """Parse flags; what was not given is as in --ckpt, else as in the table of --model. Raises BadInput."""
     args = parser.parse_args(argv)
-    for name, value in models[args.model].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.iters < 0 or not args.lr > 0:
-        raise BadInput(f"--iters {args.iters} --lr {args.lr}: iterations must be at least 0 and the learning rate above 0")
+    stored = {}
+    if args.ckpt:
+        content = load(args.ckpt, kind)
+        stored = {**content["settings"], **content.get("autoencoder", {})}
+    args.model = args.model or stored.get("model") or "sd"
+    fallback = {"data": "data/coco", "train_split": "train2017", "val_split": "val2017", "background": "segment", **models[args.model], **stored}
+    for name, value in vars(args).items():
+        if value is None and name in fallback:
+            setattr(args, name, fallback[name])
     return args
 
 
@@ -349,13 +362,15 @@ def evaluate(model, dataset, args, device, rank=0, world=1):
 
     Every image's segments get random distinct ids, as in training; crowd is void."""
     model.eval()
-    quality, rows, values = pq.PanopticQuality(), [], []
+    quality, rows, moments = pq.PanopticQuality(), [], np.zeros(3)       # of z: count, sum, sum of squares
+    largest = 0.0
     for samples in data.evaluation_batches(dataset, args.batch_size, rank, world, args.num_workers):
-        maps = [data.relabel(s["ids"], s["segments_info"], model.num_ids, np.random.default_rng((args.seed, 3, k)))
-                for k, s in enumerate(samples)]
+        maps = [data.relabel(s["ids"], s["segments_info"], model.num_ids, np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode())))
+                for s in samples]
         ids = torch.from_numpy(np.stack([data.resize_ids(m, args.size, args.size) for m in maps])).to(device)
         z = model.encode(ids)[0]
-        values.append(z.flatten(1).cpu())
+        moments += [z.numel(), z.sum().item(), z.square().sum().item()]
+        largest = max(largest, z.abs().max().item())
         for sample, truth, logits in zip(samples, maps, model.decode(z)):
             found = postprocess(logits, *truth.shape, min_area=min_area(args.size))
             quality.update(truth, describe(truth), found, describe(found), str(sample["file_name"]))
@@ -364,8 +379,9 @@ def evaluate(model, dataset, args, device, rank=0, world=1):
                 rows.append([sample["image"], data.colorize(truth), data.colorize(found), np.repeat(error[..., None], 3, 2)])
     model.train()
     quality.state = reduce_sum(quality.state, device)
-    z = torch.cat(values) if values else torch.zeros(1, 1)
-    return quality.result()["All"], rows, {"latent_mean": z.mean().item(), "latent_std": z.std().item(), "latent_max": z.abs().max().item()}
+    count, total, squares = reduce_sum(moments, device)
+    mean = total / max(count, 1)
+    return quality.result()["All"], rows, {"latent_mean": mean, "latent_std": max(squares / max(count, 1) - mean ** 2, 0) ** 0.5, "latent_max": largest}
 
 
 def min_area(size):
@@ -379,13 +395,14 @@ def main(argv=None):
     parser = data.Parser(__doc__, out="checkpoints")
     training_flags(parser, MODELS)
     parser.add_argument("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
-    parser.add_argument("--encoding", default="bits", choices=data.ENCODINGS, help="of the ids at the input (default %(default)s)")
+    parser.add_argument("--encoding", choices=data.ENCODINGS, help="of the ids at the input (default bits)")
     parser.add_argument("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
     parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck")
     parser.add_argument("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
-    parser.add_argument("--clip", type=float, default=3.0, help="largest gradient norm (default %(default)s)")
-    parser.add_argument("--kl", type=float, default=0.0, help="weight of the KL term, for Fig. 9 (default %(default)s)")
-    args = parse(parser, MODELS, argv)
+    parser.add_argument("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
+    parser.add_argument("--kl", type=data.amount, default=0.0, help="weight of the KL term, for Fig. 9 (default %(default)s)")
+    args = parse(parser, MODELS, argv, "ae")
+    args.accum, args.encoding = args.accum or 1, args.encoding or "bits"
     device, rank, world = setup(args)
     check_batch(args, world)
     if args.size % (2 * args.factor):
@@ -401,8 +418,9 @@ def main(argv=None):
 
     # model and optimiser; weight decay is the penalty of eq. 2
     model = load_autoencoder(args.ckpt)[0] if args.ckpt else Autoencoder(args.num_ids, args.encoding, args.factor, args.width)
-    if model.num_ids != args.num_ids or model.factor != args.factor:
-        raise BadInput(f"--ckpt {args.ckpt}: has N = {model.num_ids} and factor {model.factor}, not {args.num_ids} and {args.factor}")
+    for name in ("num_ids", "encoding", "factor", "width"):
+        if model.settings[name] != getattr(args, name):
+            raise BadInput(f"--{name} {getattr(args, name)}: the autoencoder of --ckpt has {model.settings[name]}")
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -418,11 +436,12 @@ def main(argv=None):
         scaler.load_state_dict(state["scaler"])
         start, best = state["iteration"], state["best"]
     checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
-                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model", "iters")}}
+                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model")}}
     if is_main():
         print(f"stage 1: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
               f"f = {args.factor}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         out.mkdir(parents=True, exist_ok=True)
+        log(out / "log.jsonl", stage="ae", start=start, seed=args.seed)
 
     # training: eq. 2
     batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
@@ -434,6 +453,7 @@ def main(argv=None):
         seed_iteration(args.seed, it, rank)
         maps = [next(batches)[1].to(device, non_blocking=True) for _ in range(args.accum)]  # each b x size x size
 
+        parts = torch.zeros(2, device=device)                              # L_ce and L_mask, for the log
         # The counts that normalise both losses are those of the whole batch: draw the points of all pieces first.
         points = []
         for ids in maps if args.accum > 1 else ():
@@ -456,6 +476,7 @@ def main(argv=None):
                         dist.all_reduce(counts)
                     counts = counts.clamp(min=1)
                 loss = ce / counts[0] + mask / counts[1]
+                parts += torch.stack([ce, mask]).detach() / counts
                 if args.kl:
                     loss = loss + args.kl * kl_loss(mean, logvar) / args.batch_size
                 scaler.scale(loss * world).backward()                      # DDP averages over ranks; the counts are global
@@ -466,11 +487,13 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
 
         seen += args.batch_size
-        if (it + 1) % args.log_every == 0 and is_main():
-            rate, seen, clock = seen / (time.time() - clock), 0, time.time()
-            progress.set_postfix(loss=f"{loss.item():.3f}", images_s=f"{rate:.0f}")
-            log(out / "log.jsonl", stage="ae", iteration=it + 1, loss=loss.item(), ce=(ce / counts[0]).item(),
-                mask=(mask / counts[1]).item(), grad_norm=norm.item(), lr=learning_rate(it, args), images_per_second=rate)
+        if (it + 1) % args.log_every == 0:
+            ce, mask = reduce_sum(parts, device).tolist()
+            if is_main():
+                rate, seen, clock = seen / (time.time() - clock), 0, time.time()
+                progress.set_postfix(loss=f"{ce + mask:.3f}", images_s=f"{rate:.0f}")
+                log(out / "log.jsonl", stage="ae", iteration=it + 1, loss=ce + mask, ce=ce, mask=mask, grad_norm=norm.item(),
+                    lr=learning_rate(it, args), images_per_second=rate)
         done = it + 1 == args.iters
         if (it + 1) % args.eval_every == 0 or done:
             result, rows, stats = evaluate(model, val_set, args, device, rank, world)
@@ -496,12 +519,11 @@ def main(argv=None):
         print(f"reconstruction of {images} {args.val_split} images: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  RQ {100 * result['rq']:.1f}"
               f"  (latents: std {stats['latent_std']:.2f}, largest {stats['latent_max']:.1f}) -> {out / 'ae.png'}")
         if start < args.iters:
-            entries = read_log(out / "log.jsonl", "ae", args.iters)
+            entries = read_log(out / "log.jsonl", "ae")
             data.plot(out / "ae_loss.png", {k: zip(*[(e["iteration"], e[k]) for e in entries if k in e]) for k in ("loss", "ce", "mask")}, "iteration", "loss", log_y=True)
         if args.json:
             data.write_json(args.json, {"images": images, **{k: 100 * result[k] for k in ("pq", "sq", "rq")}, **stats})
-    if dist.is_initialized():
-        dist.barrier()
+    leave()
 
 
 if __name__ == "__main__":

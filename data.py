@@ -42,8 +42,10 @@ def command(main):
     def run(argv=None):
         try:
             return main(argv)
-        except BadInput as error:  # from a DataLoader worker it arrives with the worker's traceback in front
-            line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
+        except ValueError as error:
+            if type(error).__name__ != "BadInput":  # data.BadInput or pq.BadInput
+                raise
+            line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")  # a worker puts its traceback in front
             print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
             raise SystemExit(2) from None
     return run
@@ -84,7 +86,7 @@ def _new_color(rng, taken):
     return color.astype(np.float32)
 
 
-def draw_scene(seed, split, index, size=64, max_shapes=4):
+def draw_scene(seed, split, index, size=64, max_shapes=3):
     """Draw scene `index` of a split: a textured background and 1..max_shapes shapes that hide one another.
 
     Returns image (size x size x 3, uint8), ids (size x size, int32: 1 = background, then one id a shape) and the
@@ -94,7 +96,7 @@ def draw_scene(seed, split, index, size=64, max_shapes=4):
     ids, taken, categories = np.ones((size, size), np.int32), [], [1]
     image = _new_color(rng, taken) + (_texture(rng, x, y) - 0.5)[..., None] * rng.uniform(-0.3, 0.3, 3).astype(np.float32)
     for _ in range(rng.integers(1, max_shapes + 1)):
-        kind, angle, radius = rng.integers(1, 5), rng.uniform(0, 2 * math.pi), rng.uniform(0.13, 0.32)
+        kind, angle, radius = rng.integers(1, 5), rng.uniform(0, 2 * math.pi), rng.uniform(0.15, 0.34)
         cx, cy = rng.uniform(0.1, 0.9, 2)
         cos, sin = math.cos(angle) / radius, math.sin(angle) / radius
         u = cos * (x - cx) + sin * (y - cy)                # the shape's own axes, in units of its radius
@@ -110,7 +112,7 @@ def draw_scene(seed, split, index, size=64, max_shapes=4):
                 u, v = np.abs(u), np.abs(v)
                 mask = (np.minimum(u, v) < 0.3) & (np.maximum(u, v) < 0.95)
         after = np.where(mask, len(categories) + 1, ids)
-        if np.bincount(after.ravel(), minlength=len(categories) + 2)[1:].min() < size * size / 80:
+        if np.bincount(after.ravel(), minlength=len(categories) + 2)[1:].min() < size * size / 60:
             continue
         fill = _new_color(rng, taken)
         if rng.random() < 0.5:
@@ -127,7 +129,7 @@ class Shapes:
 
     Scenes of two splits come from different random streams, so that no scene is in both."""
 
-    def __init__(self, split, size=64, seed=0, length=512, max_shapes=4):
+    def __init__(self, split, size=64, seed=0, length=512, max_shapes=3):
         self.split, self.size, self.seed, self.length, self.max_shapes = split, size, seed, length, max_shapes
         self.categories = [{"id": i + 1, "name": k, "isthing": int(i > 0)} for i, k in enumerate(KINDS)]
         self.endless = True
@@ -145,34 +147,37 @@ class Shapes:
 # ------------------------------------------------------------------------------------------- folders of files
 
 
-def read_image(path, upright=False):
-    """Read any picture as H x W x 3 uint8; `upright` applies the EXIF rotation. Raises BadInput if it can't be read."""
+def to_rgb(image):
+    """PIL image of any mode -> H x W x 3 uint8: 16 and 32 bit are brought to 0..255, transparency is put on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        top = 255 if values.max() <= 255 else 65535 if values.max() <= 65535 else values.max()
+        image = Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
+
+
+def _open_image(path, what, read):
+    """Open a file with Pillow and `read` it, with every way in which that can fail as one line."""
     try:
         with Image.open(path) as image:
-            if upright:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bit: bring the range to 0..255
-                values = np.asarray(image).astype(np.float64)
-                top = 255 if values.max() <= 255 else 65535 if values.max() <= 65535 else values.max()
-                image = Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return np.asarray(image.convert("RGB"))
+            return read(image)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such image") from None
+        raise BadInput(f"{path}: no such {what}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable image ({type(error).__name__}: {error})".splitlines()[0]) from None
+        raise BadInput(f"{path}: not a readable {what} ({type(error).__name__}: {error})".splitlines()[0]) from None
+
+
+def read_image(path, upright=False):
+    """Read any picture as H x W x 3 uint8; `upright` applies the EXIF rotation. Raises BadInput if it can't be read."""
+    return _open_image(path, "image", lambda image: to_rgb(ImageOps.exif_transpose(image) if upright else image))
 
 
 def read_id_png(path):
-    """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32."""
-    try:
-        with Image.open(path) as image:
-            raw = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "CMYK") else image).astype(np.int32)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such id PNG") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable id PNG ({type(error).__name__}: {error})".splitlines()[0]) from None
+    """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32. Raises BadInput."""
+    mode = {"RGBA": "RGB", "CMYK": "RGB", "LA": "L", "PA": "P"}
+    raw = _open_image(path, "id PNG", lambda i: np.asarray(i.convert(mode[i.mode]) if i.mode in mode else i).astype(np.int32))
     return raw if raw.ndim == 2 else raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
 
 
@@ -229,15 +234,17 @@ class Folder:
             if self.pngs is None:
                 raise BadInput(f"--data {folder}: the folder panoptic_{split}/ with the PNGs is missing")
             for annotation in content["annotations"]:
-                if not isinstance(annotation.get("segments_info"), list) or "file_name" not in annotation:
-                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks segments_info or file_name")
+                segments = annotation.get("segments_info")
+                if "file_name" not in annotation or not isinstance(segments, list) or not all(isinstance(s, dict) and isinstance(s.get("id"), int) for s in segments):
+                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks file_name or a list segments_info of segments with an id")
             keep = lambda found: any(not s.get("iscrowd") for a in found for s in a["segments_info"])
         else:
             self.background_id = max([c["id"] for c in self.categories], default=0) + 1
             self.categories = self.categories + [{"id": self.background_id, "name": "background", "isthing": 0}]
             keep = lambda found: any(not a.get("iscrowd") for a in found) or background == "segment"
         # images whose segments are all crowd say nothing about segments (method: left out)
-        self.items = [(i, by_image[i["id"]]) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
+        # each item is kept as text: forked workers would copy a million little dicts just by counting references to them
+        self.items = [json.dumps((i, by_image[i["id"]])) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
         if not self.items:
             raise BadInput(f"{self.json}: no image with a usable annotation")
 
@@ -250,10 +257,13 @@ class Folder:
 
     def _find(self, file_name):
         path = self.images_dir / Path(file_name).name
-        return path if path.is_file() else self._by_name.get(path.name, path)
+        if path.is_file():
+            return path
+        # Cityscapes' own converter names X_gtFine_leftImg8bit.png what lies there as CITY/X_leftImg8bit.png
+        return self._by_name.get(path.name) or self._by_name.get(path.name.replace("_gtFine_", "_")) or path
 
     def __getitem__(self, index):
-        info, annotations = self.items[index]
+        info, annotations = json.loads(self.items[index])
         image = read_image(self._find(info["file_name"]))
         ids, segments = (self._panoptic if self.layout == "panoptic" else self._instances)(info, annotations, image.shape[:2])
         return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}
@@ -349,8 +359,10 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0):
 
 @functools.cache
 def say_once(line):
-    """Print a line the first time that this process says it."""
-    print(line, file=sys.stderr)
+    """Print a line once: on rank 0, and there in the first of its data loader workers only."""
+    worker = torch.utils.data.get_worker_info()
+    if is_main() and (worker is None or worker.id == 0):
+        print(line, file=sys.stderr)
 
 
 class Training(torch.utils.data.Dataset):
@@ -362,18 +374,13 @@ class Training(torch.utils.data.Dataset):
 
     def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10):
         self.source, self.size, self.num_ids, self.seed = source, size, num_ids, seed
-        self.flip, self.min_area = flip, min_area
-        self.order = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng((seed, 1, epoch)).permutation(len(source)))
-
-    def __getstate__(self):  # lambdas don't pickle; only needed where workers are spawned instead of forked
-        return {k: v for k, v in self.__dict__.items() if k != "order"}
-
-    def __setstate__(self, state):
-        self.__init__(state["source"], state["size"], state["num_ids"], state["seed"], state["flip"], state["min_area"])
+        self.flip, self.min_area, self.epoch = flip, min_area, None
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.source))
-        sample = self.source[n if self.source.endless else int(self.order(epoch)[position])]
+        if epoch != self.epoch:  # every epoch has its own order
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
+        sample = self.source[n if self.source.endless else int(self.order[position])]
         rng = np.random.default_rng((self.seed, 2, n))
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area)
         ids, image = resize_ids(ids, self.size, self.size), resize_image(sample["image"], self.size)
@@ -449,39 +456,38 @@ def encode_ids(ids, num_ids, encoding="bits"):
 # ------------------------------------------------------------------------------ what all scripts have in common
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: int or float in low..high."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and value < math.inf:
+                return value
+        span = f"of at least {low}" if high == math.inf else f"in {low}..{high}"
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' if kind is int else ''}number {span}, not '{text}'")
+    return parse
+
+
+positive, natural, amount, fraction = number(int, 1), number(int, 0, 2**32 - 1), number(float, 0), number(float, 0, 1)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the flags that mean the same in every script."""
 
-    def __init__(self, doc, out, data="data/coco"):
+    def __init__(self, doc, out, data=None):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--data", default=data, help=f"'shapes' or a folder in COCO layout (default: {data or 'that of the checkpoint'})")
-        self.add_argument("--background", default="segment", choices=["segment", "void"], help="instances layout: what pixels of no instance are (default: one segment)")
+        self.add_argument("--data", default=data, help=f"'shapes' or a folder in COCO layout (default: {data or 'that of --ckpt, else data/coco'})")
+        self.add_argument("--background", choices=["segment", "void"], help="instances layout: what pixels of no instance are (default: one segment)")
         self.add_argument("--size", type=positive, help="side of the square that the network sees, in pixels")
-        self.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
+        self.add_argument("--seed", type=natural, default=0, help="seed of everything random (default %(default)s)")
         self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
         self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
-        self.add_argument("--num_workers", type=int, default=min(os.cpu_count() - 1, 8), help="data loader processes of each rank (default %(default)s)")
+        self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8), help="data loader processes of each rank (default %(default)s)")
         self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):
         raise BadInput(message)
-
-
-def positive(text):
-    """argparse type: an integer of at least 1."""
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
-    return value
-
-
-def fraction(text):
-    """argparse type: a number in 0..1."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number in 0..1, not '{text}'")
 
 
 def is_main():
@@ -577,11 +583,11 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
 @command
 def main(argv=None):
     """Command line: write a sheet of images and their segments, print what the source holds."""
-    parser = Parser(__doc__, out="out")
+    parser = Parser(__doc__, out="out", data="data/coco")
     parser.add_argument("--split", default="train2017", help="(default %(default)s)")
     parser.add_argument("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
     args = parser.parse_args(argv)
-    source = open_data(args.data, args.split, args.size or 64, args.seed, args.background)
+    source = open_data(args.data, args.split, args.size or 64, args.seed, args.background or "segment")
     samples = [source[i] for i in random.Random(args.seed).sample(range(len(source)), min(args.limit, len(source)))]
     sheet = Path(args.out) / "data.png"
     picture(sheet, [[s["image"], colorize(s["ids"]), overlay(s["image"], s["ids"])] for s in samples], ["image", "ids", "overlay"])

@@ -20,9 +20,7 @@ import hashlib
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -145,7 +143,7 @@ def build_unet(config):
 
 def small_unet_config(in_channels, latent_size, channels):
     """The same class with few channels; attention at every resolution of at most 1,024 cells."""
-    widths = [channels, 2 * channels, 2 * channels] if latent_size % 4 == 0 else [channels, 2 * channels]
+    widths = [channels, 2 * channels, 2 * channels]
     attention = [(latent_size >> i) ** 2 <= 1024 for i in range(len(widths))]
     return dict(sample_size=latent_size, in_channels=in_channels, out_channels=4, block_out_channels=widths, layers_per_block=1,
                 attention_head_dim=4, cross_attention_dim=8, norm_num_groups=16,  # four heads (diffusers counts heads here)
@@ -204,20 +202,21 @@ class LDM(nn.Module):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
         return self.unet(torch.cat([zj, image_latent, self_cond], 1), j, encoder_hidden_states=None).sample.float()
 
-    def forward(self, images, ids, eps, j, loss_weights, self_cond=1.0):
+    def forward(self, images, ids, eps, j, loss_weights, conditioned):
         """Algorithm 1: the loss of eq. 4, mean over all cells.
 
         images: B x 3 x H x W, uint8; ids: B x H x W; eps: B x 4 x h x w; j: B, timesteps; loss_weights: T;
-        self_cond: share of the batch that gets the estimate of a first pass (1: all, the authors; 0.5: Analog Bits)."""
+        conditioned: B, bool: which samples get the estimate of a first pass (the authors: all; Analog Bits: half)."""
         with torch.no_grad():
-            z = self.encode(ids)                                           # encode the target
-            image_latent = self.encode_image(images)                       # encode the image
+            z = self.encode(ids).float()                                   # encode the target
+            image_latent = self.encode_image(images).float()               # encode the image
             zj = self.ddim.add_noise(z, eps, j)                            # eq. 3
-            condition = torch.zeros_like(z)
-            if n := round(self_cond * len(z)):                             # self-conditioning: a first estimate of z^0
-                output = self.denoise(zj[:n], image_latent[:n], condition[:n], j[:n])
-                condition[:n] = self.ddim.remove_noise(zj[:n], output, j[:n])
-        output = self.denoise(zj, image_latent, condition, j)
+            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0]
+            if len(first):                                                 # self-conditioning: a first estimate of z^0
+                output = self.denoise(zj[first], image_latent[first], self_cond[first], j[first])
+                self_cond[first] = self.ddim.remove_noise(zj[first], output, j[first])
+        torch.clear_autocast_cache()                                       # or weights cast without gradient would be reused
+        output = self.denoise(zj, image_latent, self_cond, j)
         error = (output - self.ddim.target(z, eps, j)).square()            # B x 4 x h x w
         valid = F.interpolate(ids[:, None].float(), size=z.shape[2:], mode="nearest") > 0
         return (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
@@ -295,25 +294,26 @@ def main(argv=None):
     add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
     add("--sd", default="CompVis/stable-diffusion-v1-4", help="--model sd: hub id or folder with unet/ and vae/ (default %(default)s)")
     add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C", help="--model small: channels at the first resolution (default %(default)s)")
-    add("--prediction", default="epsilon", choices=["epsilon", "sample", "v"], help="what the network estimates (default %(default)s)")
+    add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
     add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4 (default: sd linear, small none)")
-    add("--latent_scale", type=float, help="factor on z (default: sd 0.18215; small, or 0: half of unit variance, measured)")
+    add("--latent_scale", type=data.amount, help="factor on z (default: sd 0.18215; small, or 0: half of unit variance, measured)")
     add("--self_cond", type=data.fraction, help="share of samples with self-conditioning (default: sd 1, small 0.5)")
     add("--ema", type=data.fraction, help="decay of the averaged weights, 0 for none (default: sd 0, small 0.999)")
-    add("--clip", type=float, help="largest gradient norm (default 1)")
+    add("--clip", type=data.amount, help="largest gradient norm (default 1)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
     add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
     add("--export", metavar="FILE", help="at the end also write the weights in half precision")
     parser.set_defaults(weight_decay=None)
-    args = ae.parse(parser, MODELS, argv)
+    args = ae.parse(parser, MODELS, argv, "ldm")
     DDIM().timesteps(args.steps)
+    data.require_data(args.data)
     device, rank, world = ae.setup(args)
+    args.accum = args.accum or (-(-args.batch_size // (32 * world)) if args.model == "sd" else 1)   # the authors' 32 a GPU
     ae.check_batch(args, world)
     precision = ae.pick_precision(args.precision, device)
     out = Path(args.out)
 
     # stage 1 and the data; the autoencoder says at which size and for how many ids it was trained
-    data.require_data(args.data)
     start_from = load_ldm(args.ckpt) if args.ckpt else None
     if start_from:
         autoencoder, size = start_from.autoencoder, start_from.settings["size"]
@@ -328,17 +328,21 @@ def main(argv=None):
     val_set = data.Evaluation(source(args.val_split), args.size, args.eval_images)
 
     # the model
+    about = dict(size=args.size, min_area=ae.min_area(args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
+                 background=args.background, seed=args.seed, self_cond=args.self_cond > 0)
     if start_from:
         model = start_from
+        for name in ("model", "prediction", "latent_scale"):
+            if getattr(args, name) not in (None, model.settings[name]):
+                raise BadInput(f"--{name} {getattr(args, name)}: the model of --ckpt has {model.settings[name]}")
+        model.settings.update(about)
     else:
         if args.model == "sd":
             pretrained, vae = load_sd(args.sd)
             image_encoder = SDEncoder(vae)
             unet = grow_conv_in(pretrained, 4 + image_encoder.channels + 4)
-            unet.time_embedding.requires_grad_(False)                      # frozen, as in the authors' release
         else:
             image_encoder = Pixels(autoencoder.factor)
-            torch.manual_seed(args.seed)
             unet = build_unet(small_unet_config(4 + image_encoder.channels + 4, args.size // autoencoder.factor, args.channels))
         if image_encoder.factor != autoencoder.factor:
             raise BadInput(f"the image encoder shrinks by {image_encoder.factor}, the autoencoder by {autoencoder.factor}: train stage 1 with --factor {image_encoder.factor}")
@@ -346,10 +350,11 @@ def main(argv=None):
             maps = torch.stack([train_set[n][1] for n in range(256)])
             with torch.no_grad():
                 args.latent_scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
-        settings = dict(autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
-                        latent_scale=args.latent_scale, prediction=args.prediction, self_cond=args.self_cond > 0, size=args.size,
-                        min_area=ae.min_area(args.size), data=args.data, val_split=args.val_split, background=args.background, seed=args.seed)
-        model = LDM(autoencoder, image_encoder, unet, settings)
+        model = LDM(autoencoder, image_encoder, unet, dict(
+            autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
+            latent_scale=args.latent_scale, prediction=args.prediction or "epsilon", **about))
+    if model.settings["model"] == "sd":
+        model.unet.time_embedding.requires_grad_(False)                    # frozen, as in the authors' release
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     model = model.to(device, memory_format=torch.channels_last)
@@ -368,10 +373,11 @@ def main(argv=None):
     start, best = 0, -1.0
     if args.resume:
         state = ae.load(out / "ldm_state.pt", "ldm_state")
-        if state["settings"]["unet"] != model.settings["unet"] or len(state["average"]) != len(average):
-            raise BadInput(f"--resume: {out / 'ldm_state.pt'} is a run of another model; give the flags that it was started with")
-        model.settings.update(state["settings"])
-        model.scale = state["settings"]["latent_scale"]
+        changed = [k for k in model.settings if state["settings"].get(k) != model.settings[k] and k != "latent_scale"]
+        if changed or len(state["average"]) != len(average):
+            raise BadInput(f"--resume: {out / 'ldm_state.pt'} is a run with another {changed[0] if changed else '--ema'}; give the flags that it was started with")
+        model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
+        model.autoencoder.load_state_dict(state["autoencoder"])
         model.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -391,6 +397,13 @@ def main(argv=None):
         print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, latent scale {model.scale:.4f}, "
               f"batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         out.mkdir(parents=True, exist_ok=True)
+        ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
+    per_process = args.batch_size // world
+
+    def validate():
+        """PQ of sampling the validation subset with the weights in place."""
+        with ae.autocast(precision, device):
+            return evaluate(model, val_set, device, args.steps, args.seed, min(per_process // args.accum, 32), rank, world, args.num_workers)
 
     # training: Algorithm 1
     batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
@@ -404,8 +417,10 @@ def main(argv=None):
             images, ids = (t.to(device, non_blocking=True) for t in next(batches))
             latent = (len(ids), 4, args.size // autoencoder.factor, args.size // autoencoder.factor)
             eps, j = torch.randn(latent, device=device), torch.randint(0, model.ddim.T, (len(ids),), device=device)
+            place = torch.arange(len(ids), device=device) + rank * per_process + k * len(ids)         # in the global batch
+            conditioned = ((place + 1) * args.self_cond).floor() > (place * args.self_cond).floor()
             with contextlib.nullcontext() if k == args.accum - 1 or world == 1 else ddp.no_sync(), ae.autocast(precision, device):
-                loss = ddp(images, ids, eps, j, loss_weights, args.self_cond)
+                loss = ddp(images, ids, eps, j, loss_weights, conditioned)
             scaler.scale(loss / args.accum).backward()
             running.append(loss.detach())                                  # read late: no waiting for the device here
         scaler.unscale_(optimizer)
@@ -417,15 +432,16 @@ def main(argv=None):
             torch._foreach_lerp_(average, [p.data for p in weights], 1 - min(args.ema, (it + 1) / (it + 10)))
 
         seen += args.batch_size
-        if (it + 1) % args.log_every == 0 and is_main():
-            value, rate = torch.stack(running).mean().item(), seen / (time.time() - clock)
+        if (it + 1) % args.log_every == 0:
+            value, rate = float(ae.reduce_sum(torch.stack(running).mean(), device)) / world, seen / (time.time() - clock)
             seen, clock, running = 0, time.time(), []
             progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.0f}")
-            ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, loss=value, grad_norm=norm.item(), lr=ae.learning_rate(it, args), images_per_second=rate)
+            if is_main():
+                ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, loss=value, grad_norm=norm.item(), lr=ae.learning_rate(it, args), images_per_second=rate)
         done = it + 1 == args.iters
         if (it + 1) % args.eval_every == 0 or done:
             swap_ema()
-            result, rows = evaluate(model, val_set, device, args.steps, args.seed, 32, rank, world, args.num_workers)
+            result, rows = validate()
             if is_main():
                 ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, val_pq=100 * result["pq"], val_steps=args.steps)
                 data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
@@ -439,20 +455,21 @@ def main(argv=None):
             swap_ema()
             ae.save(out / "ldm.pt", checkpoint())
             swap_ema()
-            ae.save(out / "ldm_state.pt", {"kind": "ldm_state", "settings": model.settings, "unet": model.unet.state_dict(), "average": average,
+            ae.save(out / "ldm_state.pt", {"kind": "ldm_state", "settings": model.settings, "autoencoder": model.autoencoder.state_dict(),
+                                           "unet": model.unet.state_dict(), "average": average,
                                            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": it + 1, "best": best})
 
     # what came of it
     swap_ema()
     if result is None:
-        result, rows = evaluate(model, val_set, device, args.steps, args.seed, 32, rank, world, args.num_workers)
+        result, rows = validate()
         if is_main():
             data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
     if is_main():
         print(f"sampling {len(val_set)} {args.val_split} images with {args.steps} steps: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  "
               f"RQ {100 * result['rq']:.1f} -> {out / 'ldm.png'}")
         if start < args.iters:
-            entries = ae.read_log(out / "log.jsonl", "ldm", args.iters)
+            entries = ae.read_log(out / "log.jsonl", "ldm")
             curve = lambda key: zip(*[(e["iteration"], e[key]) for e in entries if key in e])
             data.plot(out / "ldm_loss.png", {"loss": curve("loss")}, "iteration", "loss", log_y=True)
             data.plot(out / "ldm_pq.png", {"validation PQ": curve("val_pq")}, "iteration", "PQ")
@@ -461,8 +478,7 @@ def main(argv=None):
         if args.export:
             ae.save(args.export, checkpoint(torch.float16))
             print(f"wrote {args.export} ({Path(args.export).stat().st_size / 1e6:.1f} MB)")
-    if dist.is_initialized():
-        dist.barrier()
+    ae.leave()
 
 
 if __name__ == "__main__":

@@ -63,10 +63,11 @@ def drop_blocks(size, drop, block, rng):
 
 
 def evaluate(model, dataset, drop, block, args, baselines=True):
-    """Drop and complete a held-out set: results by name (inpainting, and as baselines input and sampling), picture rows."""
+    """Drop and complete a held-out set: PQ, SQ, RQ in percent by name (inpainting, and as baselines the input as it is
+    and sampling without a mask), picture rows, seconds that inpainting took for an image."""
     names = ["inpainting", "input", "sampling"] if baselines else ["inpainting"]
     quality, rows = {n: pq.PanopticQuality() for n in names}, []
-    size, num_ids = model.settings["size"], model.autoencoder.num_ids
+    size, num_ids, seconds = model.settings["size"], model.autoencoder.num_ids, 0.0
     for samples in data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers):
         keys, images, truths, partial = [s["image_id"] for s in samples], [s["image"] for s in samples], [], []
         for s in samples:
@@ -74,7 +75,9 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
             truths.append(data.relabel(s["ids"], s["segments_info"], num_ids, rng))
             given = data.resize_ids(drop_blocks(size, drop, block, rng), *truths[-1].shape)
             partial.append(np.where(given, truths[-1], 0))
+        began = time.time()
         found = {"inpainting": complete(model, images, partial, keys, args.steps, args.seed, args.valid, args.threshold), "input": partial}
+        seconds += time.time() - began
         if baselines:
             found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold)
         for k, (s, truth) in enumerate(zip(samples, truths)):
@@ -82,7 +85,8 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
                 quality[name].update(truth, ae.describe(truth), found[name][k], ae.describe(found[name][k]), str(s["file_name"]))
             if len(rows) < 6:
                 rows.append([s["image"], data.colorize(partial[k]), data.colorize(found["inpainting"][k]), data.colorize(truth)])
-    return {name: q.result()["All"] for name, q in quality.items()}, rows
+    percent = {name: {k: 100 * q.result()["All"][k] for k in ("pq", "sq", "rq")} for name, q in quality.items()}
+    return percent, rows, seconds / len(dataset)
 
 
 def complete_file(model, args, out):
@@ -98,7 +102,9 @@ def complete_file(model, args, out):
     partial = np.zeros(given.shape, np.int32)
     for k, n in own.items():
         partial[given == k] = n
+    began = time.time()
     ids = complete(model, [image], [partial], [Path(args.image).stem], args.steps, args.seed, args.valid, args.threshold)[0]
+    seconds = time.time() - began
     back = np.zeros(num_ids, np.int32)
     back[1:] = np.arange(num_ids - 1) + max(known, default=0) + 1
     for k, n in own.items():
@@ -109,13 +115,16 @@ def complete_file(model, args, out):
     data.write_id_png(out_ids, ids)
     data.write_json(out / f"{stem}_completed.json", {"file_name": out_ids.name, "segments_info": ae.describe(ids)})
     data.picture(out / f"{stem}_inpaint.png", [[image, data.colorize(given), data.colorize(ids), data.overlay(image, ids)]], ["image", "given", "completion", "overlay"], cell=256)
-    print(f"{len(known)} given ids kept, {len(set(np.unique(ids)) - {0} - set(known))} added -> {out_ids}, {out / f'{stem}_inpaint.png'}")
+    added = len(set(np.unique(ids).tolist()) - {0, *known})
+    if args.json:
+        data.write_json(args.json, {"images": 1, "given": len(known), "added": added, "seconds_per_image": seconds})
+    print(f"{len(known)} given ids kept, {added} added -> {out_ids}, {out / f'{stem}_inpaint.png'}")
 
 
 @data.command
 def main(argv=None):
     """Command line: complete dropped masks of a held-out set, sweep over them, or complete a user's mask."""
-    parser = data.Parser(__doc__, out="out", data=None)
+    parser = data.Parser(__doc__, out="out")
     sample.sampling_flags(parser)
     add = parser.add_argument
     add("--steps", type=data.positive, default=50, help="sampling steps (default %(default)s)")
@@ -134,31 +143,34 @@ def main(argv=None):
     with ae.autocast(ae.pick_precision(args.precision, device), device):
         if args.image:
             return complete_file(model, args, out)
+        out.mkdir(parents=True, exist_ok=True)
         dataset, size = sample.open_split(model, args), model.settings["size"]
         if args.block > size:
             raise BadInput(f"--block {args.block}: larger than the network's input of {size} px")
-        began = time.time()
         if not args.sweep:
-            results, rows = evaluate(model, dataset, args.drop, args.block, args)
-            seconds = (time.time() - began) / len(dataset)
+            results, rows, seconds = evaluate(model, dataset, args.drop, args.block, args)
             print(f"{len(dataset)} images, drop {args.drop}, block {args.block}, {args.steps} steps, seed {args.seed}\n{'':12}{'PQ':>7}{'SQ':>7}{'RQ':>7}")
             for name, r in results.items():
-                print(f"{name:12}{100 * r['pq']:7.1f}{100 * r['sq']:7.1f}{100 * r['rq']:7.1f}")
+                print(f"{name:12}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}")
             data.picture(out / "inpaint.png", rows, ["image", "given", "completion", "truth"])
             print(f"-> {out / 'inpaint.png'}")
-            figures = {**{k: 100 * results["inpainting"][k] for k in ("pq", "sq", "rq")}, "pq_input": 100 * results["input"]["pq"],
-                       "pq_sampling": 100 * results["sampling"]["pq"], "drop": args.drop, "block": args.block}
+            figures = {**results["inpainting"], "pq_input": results["input"]["pq"], "pq_sampling": results["sampling"]["pq"], "drop": args.drop, "block": args.block}
         else:
-            drops, blocks = (0.1, 0.3, 0.5, 0.7, 0.9), [size // 32, size // 16, size // 8, size // 4]
-            print(f"PQ of {len(dataset)} images, {args.steps} steps, seed {args.seed}; drop rate down, block size across\n" + " " * 6 + "".join(f"{b:7}" for b in blocks))
-            grid = {}
+            drops, blocks = (0.1, 0.3, 0.5, 0.7, 0.9), sorted({max(1, size // d) for d in (32, 16, 8, 4)})
+            lines = ["| drop \\ block |" + "".join(f" {b} |" for b in blocks), "|---|" + "---|" * len(blocks)]
+            print(f"PQ of {len(dataset)} images, {args.steps} steps, seed {args.seed}\n" + "\n".join(lines))
+            cells = {}
             for drop in drops:
-                grid[drop] = [100 * evaluate(model, dataset, drop, block, args, baselines=False)[0]["inpainting"]["pq"] for block in blocks]
-                print(f"{drop:6}" + "".join(f"{v:7.1f}" for v in grid[drop]), flush=True)
-            data.plot(out / "inpaint_sweep.png", {f"block {b}": (drops, [grid[d][k] for d in drops]) for k, b in enumerate(blocks)}, "drop rate", "PQ")
-            print(f"-> {out / 'inpaint_sweep.png'}")
-            seconds = (time.time() - began) / len(dataset) / len(drops) / len(blocks)
-            figures = {"blocks": blocks, "pq_by_drop": {str(d): v for d, v in grid.items()}}
+                cells[drop] = [evaluate(model, dataset, drop, block, args, baselines=False) for block in blocks]
+                lines.append(f"| {drop} |" + "".join(f" {r['inpainting']['pq']:.1f} |" for r, _, _ in cells[drop]))
+                print(lines[-1], flush=True)
+            (out / "inpaint_sweep.md").write_text("\n".join(lines) + "\n")
+            data.plot(out / "inpaint_sweep.png", {f"block {b}": (drops, [cells[d][k][0]["inpainting"]["pq"] for d in drops]) for k, b in enumerate(blocks)}, "drop rate", "PQ")
+            print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}")
+            every = [cell for row in cells.values() for cell in row]
+            seconds = float(np.mean([s for _, _, s in every]))             # pq, sq, rq: the mean over the grid
+            figures = {**{k: float(np.mean([r["inpainting"][k] for r, _, _ in every])) for k in ("pq", "sq", "rq")}, "blocks": blocks,
+                       "pq_by_drop": {str(d): [r["inpainting"]["pq"] for r, _, _ in row] for d, row in cells.items()}}
     if args.json:
         data.write_json(args.json, {**figures, "images": len(dataset), "seconds_per_image": seconds})
 

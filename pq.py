@@ -152,10 +152,10 @@ def _ids(folder, name):
     path = Path(folder) / name
     try:
         with Image.open(path) as image:
-            rgb = np.asarray(image.convert("RGB")).astype(np.int64)
+            rgb = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "P") else image).astype(np.int64)
     except Exception as error:
         raise BadInput(f"{path}: no readable PNG ({type(error).__name__})") from None
-    return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+    return rgb if rgb.ndim == 2 else rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
 
 
 def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
@@ -58,7 +57,7 @@ def segment(model, image, steps=50, seed=0, threshold=0.5):
     """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format.
 
     threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
-    array = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    array = data.to_rgb(ImageOps.exif_transpose(image))
     ids = segment_batch(model, [array], [""], steps, seed, threshold)[0]
     return ids, ae.describe(ids)
 
@@ -121,7 +120,7 @@ def sampling_flags(parser):
     add("--ckpt", help="checkpoint of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
     add("--split", help="(default: the validation split that the checkpoint names)")
     add("--limit", type=data.positive, help="only the first so many images of the split")
-    add("--min_area", type=int, help="segments under so many px of the image become void (default: the checkpoint's)")
+    add("--min_area", type=data.natural, help="segments under so many px of the image become void (default: the checkpoint's)")
     add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)
@@ -148,7 +147,7 @@ def open_split(model, args):
 @data.command
 def main(argv=None):
     """Command line: evaluate a split, or segment picture files."""
-    parser = data.Parser(__doc__, out="out", data=None)
+    parser = data.Parser(__doc__, out="out")
     sampling_flags(parser)
     parser.add_argument("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
     parser.add_argument("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
@@ -156,6 +155,8 @@ def main(argv=None):
     for steps in args.steps:
         diffusion.DDIM().timesteps(steps)
     files = find_images(args.images) if args.images else None
+    if files and len(args.steps) > 1:
+        raise BadInput("--steps: one number with --images; several are for evaluating")
     device, rank, world = ae.setup(args)
     model, out = open_model(args, device), Path(args.out)
     precision = ae.pick_precision(args.precision, device)
@@ -170,6 +171,7 @@ def main(argv=None):
             print(f"{done} of {len(files)} pictures segmented, {seconds:.2f} s each -> {out / 'predictions.json'}, {out / 'predictions'}, {out / 'overlays'}")
             if args.json:
                 data.write_json(args.json, {"images": done, "seconds_per_image": seconds})
+        ae.leave()
         if broken:
             raise BadInput(f"{len(broken)} of {len(files)} pictures left out, the first: {broken[0]}")
         return
@@ -192,6 +194,7 @@ def main(argv=None):
         print(f"-> {out / 'sample.png'}")
         if args.json:
             data.write_json(args.json, {**results[args.steps[-1]], "by_steps": results})
+    ae.leave()
 
 
 if __name__ == "__main__":

@@ -84,10 +84,10 @@ def test_scenes_hold_what_they_promise():
         listed = {g["id"]: g for g in s["segments_info"]}
         known, areas = np.unique(s["ids"], return_counts=True)
         assert set(known.tolist()) == set(listed) and all(listed[k]["area"] == a for k, a in zip(known.tolist(), areas))
-        assert areas.min() >= 64 * 64 // 80
+        assert areas.min() >= 64 * 64 // 60
         kinds |= {g["category_id"] for g in s["segments_info"]}
         counts.add(len(known))
-    assert kinds == {1, 2, 3, 4, 5} and counts == {2, 3, 4, 5}
+    assert kinds == {1, 2, 3, 4, 5} and counts == {2, 3, 4}
 
 
 def test_training_sample_depends_on_its_number_only():
@@ -195,6 +195,11 @@ def write_panoptic(root, split="val2017", pngs="panoptic_{}", sub="", suffix=".p
 @pytest.mark.parametrize("layout", [{}, {"pngs": "annotations/panoptic_{}"}, {"sub": "frankfurt", "suffix": "_gtFine_panoptic.png"}])
 def test_panoptic_layouts(tmp_path, layout):
     truth = write_panoptic(tmp_path, **layout)
+    if layout.get("sub"):                                  # as Cityscapes' own converter names images in its JSON
+        path = tmp_path / "annotations" / "panoptic_val2017.json"
+        path.write_text(re.sub(r'"(\d{3})\.png"', r'"city_\1_gtFine_leftImg8bit.png"', path.read_text()))
+        for f in (tmp_path / "val2017" / "frankfurt").iterdir():
+            f.rename(f.with_name(f"city_{f.stem}_leftImg8bit.png"))
     source = data.open_data(str(tmp_path), "val2017")
     assert len(source) == 3 and source.layout == "panoptic"
     for sample_ in (source[i] for i in range(3)):
@@ -489,7 +494,7 @@ def test_two_accumulation_steps_give_the_gradient_of_the_whole_batch(tmp_path):
 
 def test_ae_learns_and_its_log_and_pictures_are_there(tmp_path):
     ae.main(TINY_AE + ["--iters", "60", "--lr", "3e-3", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
-    entries = read_log(tmp_path)
+    entries = [e for e in read_log(tmp_path) if "iteration" in e]
     losses = [e["loss"] for e in entries if "loss" in e]
     assert len(losses) == 60 and np.mean(losses[-10:]) < 0.92 * np.mean(losses[:10])
     assert {"iteration", "loss", "lr", "images_per_second"} <= entries[0].keys() and any("val_pq" in e for e in entries)
@@ -688,15 +693,16 @@ def test_loss_leaves_void_cells_out_and_weights_timesteps(trained):
     eps, j = torch.randn(2, 4, 8, 8), torch.tensor([100, 700])
     weights = model.ddim.loss_weights("linear")
     with torch.no_grad():
-        assert model(images, torch.zeros_like(ids), eps, j, weights) == 0
+        assert model(images, torch.zeros_like(ids), eps, j, weights, torch.ones(2, dtype=torch.bool)) == 0
         ids[:, 1:4, 1:4] = 0                               # not the top-left pixel of the cell: still counts
-        whole = model(images, ids, eps, j, torch.ones(1000), self_cond=0)
+        none = torch.zeros(2, dtype=torch.bool)
+        whole = model(images, ids, eps, j, torch.ones(1000), none)
         z, latent = model.encode(ids), model.encode_image(images)
         error = (model.denoise(model.ddim.add_noise(z, eps, j), latent, torch.zeros_like(z), j) - eps) ** 2
         assert torch.allclose(whole, error.mean(), rtol=1e-4)
         expected = (error.mean((1, 2, 3)) * torch.tensor([weights[100], weights[700]])).mean()
-        assert torch.allclose(model(images, ids, eps, j, weights, self_cond=0), expected, rtol=1e-4)
-        assert not torch.allclose(model(images, ids, eps, j, torch.ones(1000), self_cond=1), whole, rtol=1e-6)
+        assert torch.allclose(model(images, ids, eps, j, weights, none), expected, rtol=1e-4)
+        assert not torch.allclose(model(images, ids, eps, j, torch.ones(1000), ~none), whole, rtol=1e-6)
 
 
 def test_diffusion_learns(tmp_path, trained):
