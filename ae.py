@@ -345,6 +345,7 @@ def parse(parser, models, argv, kind):
     if args.ckpt:
         content = load(args.ckpt, kind)
         stored = {**content["settings"], **content.get("autoencoder", {})}
+        stored.pop("self_cond", None)                                      # there a yes or no, here a share
     args.model = args.model or stored.get("model") or "sd"
     fallback = {"data": "data/coco", "train_split": "train2017", "val_split": "val2017", "background": "segment", **models[args.model], **stored}
     for name, value in vars(args).items():
