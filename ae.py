@@ -327,7 +327,7 @@ def training_flags(parser, models):
     add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after the warm-up")
     add("--warmup", type=data.natural, default=200, help="iterations of linear warm-up (default %(default)s)")
     add("--weight_decay", type=data.amount, default=0.05, help="of AdamW (default %(default)s)")
-    add("--accum", type=data.positive, help="gradient accumulation steps in a batch (default: stage 2 of sd as many as leave 32 samples a process, else 1)")
+    add("--accum", type=data.positive, help="gradient accumulation steps in a batch (default 1; stage 2 of sd: 32 samples each)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     add("--min_segment", type=data.natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
     add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
@@ -382,7 +382,8 @@ def evaluate(model, dataset, args, device, rank=0, world=1):
     quality.state = reduce_sum(quality.state, device)
     count, total, squares = reduce_sum(moments, device)
     mean = total / max(count, 1)
-    return quality.result()["All"], rows, {"latent_mean": mean, "latent_std": max(squares / max(count, 1) - mean ** 2, 0) ** 0.5, "latent_max": largest}
+    std = max(squares / max(count, 1) - mean ** 2, 0) ** 0.5
+    return quality.result()["All"], rows, {"latent_mean": mean, "latent_std": std, "latent_max": largest}
 
 
 def min_area(size):
@@ -516,14 +517,15 @@ def main(argv=None):
         if is_main():
             data.picture(out / "ae.png", rows, ["image", "ids", "reconstruction", "error"])
     if is_main():
-        images = len(val_set)
-        print(f"reconstruction of {images} {args.val_split} images: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  RQ {100 * result['rq']:.1f}"
+        percent = {k: 100 * result[k] for k in ("pq", "sq", "rq")}
+        print(f"reconstruction of {len(val_set)} {args.val_split} images: " + "  ".join(f"{k.upper()} {v:.1f}" for k, v in percent.items()) +
               f"  (latents: std {stats['latent_std']:.2f}, largest {stats['latent_max']:.1f}) -> {out / 'ae.png'}")
         if start < args.iters:
             entries = read_log(out / "log.jsonl", "ae")
-            data.plot(out / "ae_loss.png", {k: zip(*[(e["iteration"], e[k]) for e in entries if k in e]) for k in ("loss", "ce", "mask")}, "iteration", "loss", log_y=True)
+            curves = {k: zip(*[(e["iteration"], e[k]) for e in entries if k in e]) for k in ("loss", "ce", "mask")}
+            data.plot(out / "ae_loss.png", curves, "iteration", "loss", log_y=True)
         if args.json:
-            data.write_json(args.json, {"images": images, **{k: 100 * result[k] for k in ("pq", "sq", "rq")}, **stats})
+            data.write_json(args.json, {"images": len(val_set), **percent, **stats})
     leave()
 
 

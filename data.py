@@ -235,8 +235,9 @@ class Folder:
                 raise BadInput(f"--data {folder}: the folder panoptic_{split}/ with the PNGs is missing")
             for annotation in content["annotations"]:
                 segments = annotation.get("segments_info")
-                if "file_name" not in annotation or not isinstance(segments, list) or not all(isinstance(s, dict) and isinstance(s.get("id"), int) for s in segments):
-                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks file_name or a list segments_info of segments with an id")
+                listed = isinstance(segments, list) and all(isinstance(s, dict) and isinstance(s.get("id"), int) for s in segments)
+                if not listed or "file_name" not in annotation:
+                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks file_name or segments_info with ids")
             keep = lambda found: any(not s.get("iscrowd") for a in found for s in a["segments_info"])
         else:
             self.background_id = max([c["id"] for c in self.categories], default=0) + 1
@@ -292,7 +293,8 @@ class Folder:
             except Exception as error:
                 raise BadInput(f"{self.json}: bad segmentation of annotation {a.get('id')} ({error})") from None
             if mask.shape != shape:
-                raise BadInput(f"{self.json}: annotation {a.get('id')} is {mask.shape[1]} x {mask.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}")
+                raise BadInput(f"{self.json}: annotation {a.get('id')} is {mask.shape[1]} x {mask.shape[0]} pixels, "
+                               f"its image {info['file_name']} {shape[1]} x {shape[0]}")
             if a.get("iscrowd"):
                 crowd |= mask
             else:
@@ -309,7 +311,8 @@ class Folder:
 def require_data(name):
     """Raise BadInput unless `name` is `shapes` or a folder that is there."""
     if name != "shapes" and not Path(name).is_dir():
-        raise BadInput(f"--data {name}: no such folder; the README's section Data says how to get COCO; --model small --data shapes needs no download")
+        raise BadInput(f"--data {name}: no such folder; the README's section Data says how to get COCO; "
+                       "--model small --data shapes needs no download")
 
 
 def open_data(name, split, size=64, seed=0, background="segment"):
@@ -483,7 +486,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
         self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
-        self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8), help="data loader processes of each rank (default %(default)s)")
+        self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
+                          help="data loader processes of each rank (default %(default)s)")
         self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):

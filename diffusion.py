@@ -238,6 +238,28 @@ class LDM(nn.Module):
         return z0
 
 
+def new_model(args, autoencoder, train_set, about):
+    """The model that a training starts from: Stable Diffusion's networks (`--model sd`), or small ones from scratch."""
+    if args.model == "sd":
+        pretrained, vae = load_sd(args.sd)
+        image_encoder = SDEncoder(vae)
+        unet = grow_conv_in(pretrained, 4 + image_encoder.channels + 4)
+    else:
+        image_encoder = Pixels(autoencoder.factor)
+        unet = build_unet(small_unet_config(4 + image_encoder.channels + 4, args.size // autoencoder.factor, args.channels))
+    if image_encoder.factor != autoencoder.factor:
+        raise BadInput(f"the image encoder shrinks by {image_encoder.factor}, the autoencoder by {autoencoder.factor}: "
+                       f"train stage 1 with --factor {image_encoder.factor}")
+    scale = args.latent_scale
+    if not scale:                                                          # half of unit variance
+        maps = torch.stack([train_set[n][1] for n in range(256)])
+        with torch.no_grad():
+            scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
+    return LDM(autoencoder, image_encoder, unet, dict(
+        autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
+        latent_scale=scale, prediction=args.prediction or "epsilon", **about))
+
+
 def image_noise(seed, keys, shape, device):
     """Gaussian noise that belongs to (seed, image): len(keys) x shape, whatever batch an image comes in."""
     draws = []
@@ -293,7 +315,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
     add("--sd", default="CompVis/stable-diffusion-v1-4", help="--model sd: hub id or folder with unet/ and vae/ (default %(default)s)")
-    add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C", help="--model small: channels at the first resolution (default %(default)s)")
+    add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
+        help="a new --model small: channels at the first resolution (default %(default)s)")
     add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
     add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4 (default: sd linear, small none)")
     add("--latent_scale", type=data.amount, help="factor on z (default: sd 0.18215; small, or 0: half of unit variance, measured)")
@@ -337,22 +360,7 @@ def main(argv=None):
                 raise BadInput(f"--{name} {getattr(args, name)}: the model of --ckpt has {model.settings[name]}")
         model.settings.update(about)
     else:
-        if args.model == "sd":
-            pretrained, vae = load_sd(args.sd)
-            image_encoder = SDEncoder(vae)
-            unet = grow_conv_in(pretrained, 4 + image_encoder.channels + 4)
-        else:
-            image_encoder = Pixels(autoencoder.factor)
-            unet = build_unet(small_unet_config(4 + image_encoder.channels + 4, args.size // autoencoder.factor, args.channels))
-        if image_encoder.factor != autoencoder.factor:
-            raise BadInput(f"the image encoder shrinks by {image_encoder.factor}, the autoencoder by {autoencoder.factor}: train stage 1 with --factor {image_encoder.factor}")
-        if not args.latent_scale:
-            maps = torch.stack([train_set[n][1] for n in range(256)])
-            with torch.no_grad():
-                args.latent_scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
-        model = LDM(autoencoder, image_encoder, unet, dict(
-            autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
-            latent_scale=args.latent_scale, prediction=args.prediction or "epsilon", **about))
+        model = new_model(args, autoencoder, train_set, about)
     if model.settings["model"] == "sd":
         model.unet.time_embedding.requires_grad_(False)                    # frozen, as in the authors' release
     if args.gradient_checkpointing:
@@ -375,7 +383,8 @@ def main(argv=None):
         state = ae.load(out / "ldm_state.pt", "ldm_state")
         changed = [k for k in model.settings if state["settings"].get(k) != model.settings[k] and k != "latent_scale"]
         if changed or len(state["average"]) != len(average):
-            raise BadInput(f"--resume: {out / 'ldm_state.pt'} is a run with another {changed[0] if changed else '--ema'}; give the flags that it was started with")
+            raise BadInput(f"--resume: {out / 'ldm_state.pt'} is a run with another {changed[0] if changed else '--ema'}; "
+                           "give the flags that it was started with")
         model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
         model.autoencoder.load_state_dict(state["autoencoder"])
         model.unet.load_state_dict(state["unet"])
@@ -394,8 +403,8 @@ def main(argv=None):
         return {"kind": "ldm", "settings": model.settings, "weights": {k: v.to("cpu", dtype) for k, v in model.state_dict().items()}}
 
     if is_main():
-        print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, latent scale {model.scale:.4f}, "
-              f"batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
+        print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, "
+              f"latent scale {model.scale:.4f}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         out.mkdir(parents=True, exist_ok=True)
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world
@@ -437,7 +446,8 @@ def main(argv=None):
             seen, clock, running = 0, time.time(), []
             progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.0f}")
             if is_main():
-                ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, loss=value, grad_norm=norm.item(), lr=ae.learning_rate(it, args), images_per_second=rate)
+                ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, loss=value, grad_norm=norm.item(),
+                       lr=ae.learning_rate(it, args), images_per_second=rate)
         done = it + 1 == args.iters
         if (it + 1) % args.eval_every == 0 or done:
             swap_ema()

@@ -93,7 +93,8 @@ def complete_file(model, args, out):
     """--image and --mask: complete a user's own partial mask, keeping its ids. Raises BadInput."""
     image, given = data.read_image(args.image, upright=True), data.read_id_png(args.mask)
     if given.shape != image.shape[:2]:
-        raise BadInput(f"--mask {args.mask}: is {given.shape[1]} x {given.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}; they must be of one size")
+        raise BadInput(f"--mask {args.mask}: is {given.shape[1]} x {given.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}; "
+                       "they must be of one size")
     known, num_ids = [int(i) for i in np.unique(given) if i], model.autoencoder.num_ids
     if len(known) > num_ids - 1:
         raise BadInput(f"--mask {args.mask}: holds {len(known)} ids, this model knows {num_ids - 1}")
@@ -114,7 +115,8 @@ def complete_file(model, args, out):
     out.mkdir(parents=True, exist_ok=True)
     data.write_id_png(out_ids, ids)
     data.write_json(out / f"{stem}_completed.json", {"file_name": out_ids.name, "segments_info": ae.describe(ids)})
-    data.picture(out / f"{stem}_inpaint.png", [[image, data.colorize(given), data.colorize(ids), data.overlay(image, ids)]], ["image", "given", "completion", "overlay"], cell=256)
+    row = [image, data.colorize(given), data.colorize(ids), data.overlay(image, ids)]
+    data.picture(out / f"{stem}_inpaint.png", [row], ["image", "given", "completion", "overlay"], cell=256)
     added = len(set(np.unique(ids).tolist()) - {0, *known})
     if args.json:
         data.write_json(args.json, {"images": 1, "given": len(known), "added": added, "seconds_per_image": seconds})
@@ -149,12 +151,14 @@ def main(argv=None):
             raise BadInput(f"--block {args.block}: larger than the network's input of {size} px")
         if not args.sweep:
             results, rows, seconds = evaluate(model, dataset, args.drop, args.block, args)
-            print(f"{len(dataset)} images, drop {args.drop}, block {args.block}, {args.steps} steps, seed {args.seed}\n{'':12}{'PQ':>7}{'SQ':>7}{'RQ':>7}")
+            print(f"{len(dataset)} images, drop {args.drop}, block {args.block}, {args.steps} steps, seed {args.seed}")
+            print(f"{'':12}{'PQ':>7}{'SQ':>7}{'RQ':>7}")
             for name, r in results.items():
                 print(f"{name:12}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}")
             data.picture(out / "inpaint.png", rows, ["image", "given", "completion", "truth"])
             print(f"-> {out / 'inpaint.png'}")
-            figures = {**results["inpainting"], "pq_input": results["input"]["pq"], "pq_sampling": results["sampling"]["pq"], "drop": args.drop, "block": args.block}
+            figures = {**results["inpainting"], "pq_input": results["input"]["pq"], "pq_sampling": results["sampling"]["pq"],
+                       "drop": args.drop, "block": args.block}
         else:
             drops, blocks = (0.1, 0.3, 0.5, 0.7, 0.9), sorted({max(1, size // d) for d in (32, 16, 8, 4)})
             lines = ["| drop \\ block |" + "".join(f" {b} |" for b in blocks), "|---|" + "---|" * len(blocks)]
@@ -165,7 +169,8 @@ def main(argv=None):
                 lines.append(f"| {drop} |" + "".join(f" {r['inpainting']['pq']:.1f} |" for r, _, _ in cells[drop]))
                 print(lines[-1], flush=True)
             (out / "inpaint_sweep.md").write_text("\n".join(lines) + "\n")
-            data.plot(out / "inpaint_sweep.png", {f"block {b}": (drops, [cells[d][k][0]["inpainting"]["pq"] for d in drops]) for k, b in enumerate(blocks)}, "drop rate", "PQ")
+            curves = {f"block {b}": (drops, [cells[d][k][0]["inpainting"]["pq"] for d in drops]) for k, b in enumerate(blocks)}
+            data.plot(out / "inpaint_sweep.png", curves, "drop rate", "PQ")
             print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}")
             every = [cell for row in cells.values() for cell in row]
             seconds = float(np.mean([s for _, _, s in every]))             # pq, sq, rq: the mean over the grid

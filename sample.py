@@ -168,7 +168,8 @@ def main(argv=None):
         done = len(files) - len(broken)
         if is_main():
             seconds = (time.time() - began) / max(done, 1)
-            print(f"{done} of {len(files)} pictures segmented, {seconds:.2f} s each -> {out / 'predictions.json'}, {out / 'predictions'}, {out / 'overlays'}")
+            print(f"{done} of {len(files)} pictures segmented, {seconds:.2f} s each -> "
+                  f"{out / 'predictions.json'}, {out / 'predictions'}, {out / 'overlays'}")
             if args.json:
                 data.write_json(args.json, {"images": done, "seconds_per_image": seconds})
         ae.leave()
@@ -182,15 +183,18 @@ def main(argv=None):
     for steps in args.steps:
         began = time.time()
         with ae.autocast(precision, device):
-            result, rows = diffusion.evaluate(model, dataset, device, steps, args.seed, args.batch_size, rank, world, args.num_workers, args.threshold)
-        results[steps] = {**{k: 100 * result[k] for k in ("pq", "sq", "rq")}, "images": len(dataset), "seconds_per_image": (time.time() - began) / len(dataset)}
+            result, rows = diffusion.evaluate(model, dataset, device, steps, args.seed, args.batch_size, rank, world,
+                                              args.num_workers, args.threshold)
+        seconds = (time.time() - began) / len(dataset)
+        results[steps] = {**{k: 100 * result[k] for k in ("pq", "sq", "rq")}, "images": len(dataset), "seconds_per_image": seconds}
         if is_main():
             r = results[steps]
             print(f"{steps:6}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}{r['seconds_per_image']:10.3f}", flush=True)
     if is_main():
         data.picture(out / "sample.png", rows, ["image", "sample", "truth"])
         if len(results) > 1:
-            data.plot(out / "sample_steps.png", {k.upper(): (list(results), [r[k] for r in results.values()]) for k in ("pq", "sq", "rq")}, "sampling steps", "percent")
+            curves = {k.upper(): (list(results), [r[k] for r in results.values()]) for k in ("pq", "sq", "rq")}
+            data.plot(out / "sample_steps.png", curves, "sampling steps", "percent")
         print(f"-> {out / 'sample.png'}")
         if args.json:
             data.write_json(args.json, {**results[args.steps[-1]], "by_steps": results})
