@@ -29,7 +29,7 @@ from data import BadInput, is_main
 # Settings of `--model`; each can be set by the flag of its name.
 MODELS = {
     "sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16, lr=1e-4, schedule="constant"),
-    "small": dict(size=64, num_ids=16, factor=4, width=64, iters=4_000, batch_size=32, lr=2e-3, schedule="cosine"),
+    "small": dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32, lr=2e-3, schedule="cosine"),
 }
 
 # ------------------------------------------------------------------------------------------------- the model

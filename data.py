@@ -477,7 +477,7 @@ positive, natural, amount, fraction = number(int, 1), number(int, 0, 2**32 - 1),
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the flags that mean the same in every script."""
 
-    def __init__(self, doc, out, data=None):
+    def __init__(self, doc, out, data=None, network=True):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument("--data", default=data, help=f"'shapes' or a folder in COCO layout (default: {data or 'that of --ckpt, else data/coco'})")
         self.add_argument("--background", choices=["segment", "void"], help="instances layout: what pixels of no instance are (default: one segment)")
@@ -485,10 +485,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=natural, default=0, help="seed of everything random (default %(default)s)")
         self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
-        self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
-        self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
-                          help="data loader processes of each rank (default %(default)s)")
-        self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
+        if network:
+            self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
+            self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
+                              help="data loader processes of each rank (default %(default)s)")
+            self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):
         raise BadInput(message)
@@ -587,7 +588,7 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
 @command
 def main(argv=None):
     """Command line: write a sheet of images and their segments, print what the source holds."""
-    parser = Parser(__doc__, out="out", data="data/coco")
+    parser = Parser(__doc__, out="out", data="data/coco", network=False)
     parser.add_argument("--split", default="train2017", help="(default %(default)s)")
     parser.add_argument("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
     args = parser.parse_args(argv)

@@ -789,6 +789,18 @@ def test_sample_evaluates_and_writes_json(tmp_path, trained, capsys):
     assert (tmp_path / "sample.png").exists() and (tmp_path / "sample_steps.png").exists() and "PQ" in capsys.readouterr().out
 
 
+def test_two_processes_evaluate_like_one(tmp_path, trained):
+    """Five images over two ranks: each is counted once, and the figures are those of one process."""
+    flags = [str(HERE / "sample.py"), "--ckpt", str(trained / "ldm.pt"), "--limit", "5", "--steps", "2", "--num_workers", "0", "--device", "cpu",
+             "--threshold", "0", "--min_area", "0", "--out", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        done = subprocess.run([sys.executable, *launcher, *flags, "--json", str(tmp_path / name)], env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.count("PQ") == 1, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / n).read_text()) for n in ("one", "two"))
+    assert one["images"] == two["images"] == 5 and all(one[k] == pytest.approx(two[k], abs=1e-6) for k in ("pq", "sq", "rq"))
+
+
 def test_sample_segments_any_pictures_and_pq_reads_them_back(tmp_path, trained, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
