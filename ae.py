@@ -442,7 +442,6 @@ def main(argv=None):
     if is_main():
         print(f"stage 1: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
               f"f = {args.factor}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
-        out.mkdir(parents=True, exist_ok=True)
         log(out / "log.jsonl", stage="ae", start=start, seed=args.seed)
 
     # training: eq. 2

@@ -37,7 +37,7 @@ class BadInput(ValueError):
 
 
 def command(main):
-    """Make `main(argv)` end on BadInput with one line on stderr and exit code 2 instead of a traceback."""
+    """Make `main(argv)` end on BadInput, or a file that can't be read or written, with one line on stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:
@@ -46,8 +46,12 @@ def command(main):
             if type(error).__name__ != "BadInput":  # data.BadInput or pq.BadInput
                 raise
             line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")  # a worker puts its traceback in front
-            print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
-            raise SystemExit(2) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            line = f"{error.filename}: {error.strerror}"
+        print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
+        raise SystemExit(2)
     return run
 
 
@@ -493,6 +497,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise BadInput(message)
+
+    def parse_args(self, args=None):
+        """Parse, and make sure before any work that --out and --json can be written. Raises BadInput, OSError."""
+        parsed = super().parse_args(args)
+        if is_main():
+            Path(parsed.out).mkdir(parents=True, exist_ok=True)
+            if parsed.json:
+                if Path(parsed.json).is_dir():
+                    raise BadInput(f"--json {parsed.json}: is a folder; give a file")
+                Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
+        return parsed
 
 
 def is_main():

@@ -405,7 +405,6 @@ def main(argv=None):
     if is_main():
         print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, "
               f"latent scale {model.scale:.4f}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
-        out.mkdir(parents=True, exist_ok=True)
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world
 

@@ -112,7 +112,6 @@ def complete_file(model, args, out):
         back[n] = k
     ids = back[ids]
     stem, out_ids = Path(args.image).stem, out / f"{Path(args.image).stem}_completed.png"
-    out.mkdir(parents=True, exist_ok=True)
     data.write_id_png(out_ids, ids)
     data.write_json(out / f"{stem}_completed.json", {"file_name": out_ids.name, "segments_info": ae.describe(ids)})
     row = [image, data.colorize(given), data.colorize(ids), data.overlay(image, ids)]
@@ -145,7 +144,6 @@ def main(argv=None):
     with ae.autocast(ae.pick_precision(args.precision, device), device):
         if args.image:
             return complete_file(model, args, out)
-        out.mkdir(parents=True, exist_ok=True)
         dataset, size = sample.open_split(model, args), model.settings["size"]
         if args.block > size:
             raise BadInput(f"--block {args.block}: larger than the network's input of {size} px")

@@ -934,7 +934,9 @@ def test_bad_checkpoints(tmp_path, trained, capsys):
     (inpaint.main, ["--steps", "5000"], "--steps"), (ae.main, ["--num_ids", "100"], "--num_ids"), (ae.main, ["--lr", "-1"], "--lr"),
     (ae.main, ["--size", "65"], "--size"), (ae.main, ["--batch_size", "3", "--accum", "2"], "--batch_size"), (ae.main, ["--encoding", "x"], "--encoding"),
     (diffusion.main, ["--ae", "nowhere.pt"], "nowhere.pt"), (diffusion.main, ["--steps", "1001"], "--steps"), (diffusion.main, ["--prediction", "x"], "--prediction"),
-    (data.main, ["--data", "nowhere"], "nowhere")])
+    (data.main, ["--data", "nowhere"], "nowhere"), (sample.main, ["--json", "."], "--json"), (data.main, ["--seed", "-1"], "--seed"),
+    (inpaint.main, ["--out", __file__], "test_all.py"), (sample.main, ["--steps", "5", "10", "--images", __file__], "--steps"),
+    (sample.main, ["--images", __file__], "test_all.py")])
 def test_bad_flags(tmp_path, trained, capsys, main, flags, word):
     ckpt = ["--ckpt", str(trained / "ldm.pt")] if main in (sample.main, inpaint.main) else []
     base = [] if main is data.main else ckpt or ["--model", "small", "--data", "shapes"]
