@@ -206,12 +206,12 @@ class LDM(nn.Module):
         """Algorithm 1: the loss of eq. 4, mean over all cells.
 
         images: B x 3 x H x W, uint8; ids: B x H x W; eps: B x 4 x h x w; j: B, timesteps; loss_weights: T;
-        conditioned: B, bool: which samples get the estimate of a first pass (the authors: all; Analog Bits: half)."""
+        conditioned: B, bool, on the CPU: which samples get the estimate of a first pass (the authors: all; Analog Bits: half)."""
         with torch.no_grad():
             z = self.encode(ids).float()                                   # encode the target
             image_latent = self.encode_image(images).float()               # encode the image
             zj = self.ddim.add_noise(z, eps, j)                            # eq. 3
-            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0]
+            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0].to(z.device)
             if len(first):                                                 # self-conditioning: a first estimate of z^0
                 output = self.denoise(zj[first], image_latent[first], self_cond[first], j[first])
                 self_cond[first] = self.ddim.remove_noise(zj[first], output, j[first])
@@ -425,7 +425,7 @@ def main(argv=None):
             images, ids = (t.to(device, non_blocking=True) for t in next(batches))
             latent = (len(ids), 4, args.size // autoencoder.factor, args.size // autoencoder.factor)
             eps, j = torch.randn(latent, device=device), torch.randint(0, model.ddim.T, (len(ids),), device=device)
-            place = torch.arange(len(ids), device=device) + rank * per_process + k * len(ids)         # in the global batch
+            place = torch.arange(len(ids)) + rank * per_process + k * len(ids)       # in the global batch
             conditioned = ((place + 1) * args.self_cond).floor() > (place * args.self_cond).floor()
             with contextlib.nullcontext() if k == args.accum - 1 or world == 1 else ddp.no_sync(), ae.autocast(precision, device):
                 loss = ddp(images, ids, eps, j, loss_weights, conditioned)
