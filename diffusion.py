@@ -74,12 +74,14 @@ class DDIM:
             return output
         return a * zj - b * output if self.prediction == "v" else (zj - b * output) / a
 
-    def step(self, zj, z0, j, j_prev):
+    def step(self, zj, z0, j, j_prev, eps=None):
         """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the sample at the earlier timestep j_prev.
 
-        Past the last timestep (j_prev < 0) the schedule ends at ab_0, as Stable Diffusion's does."""
-        a, b = self.scales(j, zj)
-        eps = (zj - a * z0) / b
+        Past the last timestep (j_prev < 0) the schedule ends at ab_0, as Stable Diffusion's does.
+        eps: None is the paper's step, which keeps the noise that z^j holds; fresh noise instead forgets it."""
+        if eps is None:
+            a, b = self.scales(j, zj)
+            eps = (zj - a * z0) / b
         a, b = self.scales(max(j_prev, 0), zj)
         return a * z0 + b * eps
 
@@ -222,16 +224,17 @@ class LDM(nn.Module):
         return (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
 
     @torch.no_grad()
-    def sample(self, image_latent, noise, steps, trace=None):
+    def sample(self, image_latent, noise, steps, fresh=None, trace=None):
         """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a segmentation, B x 4 x h x w.
 
+        fresh: None is Algorithm 2; a function of j that gives new noise (`fresh_noise`) makes the steps stochastic;
         trace: a list that receives the estimate of z^0 after each step."""
         z, self_cond = noise, torch.zeros_like(noise)
         timesteps = self.ddim.timesteps(steps)
         for j, j_prev in zip(timesteps, timesteps[1:] + [-1]):
             output = self.denoise(z, image_latent, self_cond, j)
             z0 = self.ddim.remove_noise(z, output, j)
-            z = self.ddim.step(z, z0, j, j_prev)                           # eq. 5
+            z = self.ddim.step(z, z0, j, j_prev, fresh and fresh(j))       # eq. 5
             self_cond = z0 if self.settings["self_cond"] else self_cond
             if trace is not None:
                 trace.append(z0)
@@ -269,6 +272,11 @@ def image_noise(seed, keys, shape, device):
     return torch.stack(draws).to(device)
 
 
+def fresh_noise(seed, keys, shape, device):
+    """A function of the timestep j that gives each image its own new noise at each step, len(keys) x shape."""
+    return lambda j: image_noise(seed, [f"{key} at {j}" for key in keys], shape, device)
+
+
 def load_ldm(path):
     """Checkpoint of stage 2 -> LDM in eval mode on the CPU; nothing is downloaded. Raises BadInput."""
     content = ae.load(path, "ldm")
@@ -291,14 +299,16 @@ def load_ldm(path):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5):
+def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5,
+             renoise=False):
     """Class-agnostic PQ of sampling a held-out set, and picture rows: image, sample, truth."""
     model.eval()
     quality, rows = pq.PanopticQuality(), []
     for samples in data.evaluation_batches(dataset, batch_size, rank, world, num_workers):
         image_latent = model.encode_image(torch.stack([s["input"] for s in samples]).to(device))
-        noise = image_noise(seed, [s["image_id"] for s in samples], (4, *image_latent.shape[2:]), device)
-        for s, logits in zip(samples, model.decode(model.sample(image_latent, noise, steps))):
+        place = [s["image_id"] for s in samples], (4, *image_latent.shape[2:]), device
+        z0 = model.sample(image_latent, image_noise(seed, *place), steps, fresh_noise(seed, *place) if renoise else None)
+        for s, logits in zip(samples, model.decode(z0)):
             found = ae.postprocess(logits, *s["ids"].shape, threshold, model.settings["min_area"])
             quality.update(s["ids"], s["segments_info"], found, ae.describe(found), str(s["file_name"]))
             if len(rows) < 6:

@@ -6,6 +6,9 @@
 
 Symbols: y the partial id map (0 = unknown), M which latent cells count as given (B x 1 x h x w), z_known = scale * E(y);
 the rest as in diffusion.py. A block is `block` pixels of the network's input wide (512 for the paper's model).
+
+Algorithm 3 as printed is `--no-renoise`. There the unknown cells keep their first noise, which speaks for ids of its own
+against those given; by default each step draws it anew, which agrees with the given ids far more often (README, Results).
 """
 import time
 from pathlib import Path
@@ -23,10 +26,11 @@ from data import BadInput
 
 
 @torch.no_grad()
-def inpaint(model, image_latent, z_known, M, noise, eps0, steps):
+def inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh=None):
     """Algorithm 3: sample the latent while the given cells are held at their (noised) known value.
 
-    image_latent: B x c x h x w; z_known, noise, eps0: B x 4 x h x w; M: B x 1 x h x w, 1 where given."""
+    image_latent: B x c x h x w; z_known, noise, eps0: B x 4 x h x w; M: B x 1 x h x w, 1 where given;
+    fresh: None is Algorithm 3; a function of j that gives new noise (`diffusion.fresh_noise`) makes the steps stochastic."""
     z, self_cond = noise, torch.zeros_like(noise)
     timesteps = model.ddim.timesteps(steps)
     for j, j_prev in zip(timesteps, timesteps[1:] + [-1]):
@@ -35,15 +39,16 @@ def inpaint(model, image_latent, z_known, M, noise, eps0, steps):
         z0 = model.ddim.remove_noise(z, output, j)
         z0 = M * z_known + (1 - M) * z0
         self_cond = z0 if model.settings["self_cond"] else self_cond
-        z = model.ddim.step(z, z0, j, j_prev)                              # eq. 5
+        z = model.ddim.step(z, z0, j, j_prev, fresh and fresh(j))          # eq. 5
     return z0
 
 
 @torch.no_grad()
-def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5):
+def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True):
     """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0..N-1, 0 = unknown) -> list of H x W int32.
 
-    valid: share of given pixels from which a latent cell counts as given. A given pixel keeps its id."""
+    valid: share of given pixels from which a latent cell counts as given. A given pixel keeps its id.
+    renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed."""
     device, size, f = next(model.parameters()).device, model.settings["size"], model.autoencoder.factor
     inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
     y = torch.from_numpy(np.stack([data.resize_ids(p, size, size) for p in partial]).astype(np.uint8)).to(device)
@@ -51,7 +56,8 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     M = (F.avg_pool2d((y > 0).float()[:, None], f) >= max(valid, 1e-6)).float()                # B x 1 x h x w
     noise = diffusion.image_noise(seed, keys, (4, *z_known.shape[2:]), device)
     eps0 = diffusion.image_noise(seed, [f"{k} known" for k in keys], (4, *z_known.shape[2:]), device)
-    logits = model.decode(inpaint(model, image_latent, z_known, M, noise, eps0, steps))
+    fresh = diffusion.fresh_noise(seed, keys, (4, *z_known.shape[2:]), device) if renoise else None
+    logits = model.decode(inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh))
     found = [ae.postprocess(l, *p.shape, threshold, model.settings["min_area"]) for l, p in zip(logits, partial)]
     return [np.where(p > 0, p, ids).astype(np.int32) for p, ids in zip(partial, found)]
 
@@ -76,10 +82,10 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
             given = data.resize_ids(drop_blocks(size, drop, block, rng), *truths[-1].shape)
             partial.append(np.where(given, truths[-1], 0))
         began = time.time()
-        found = {"inpainting": complete(model, images, partial, keys, args.steps, args.seed, args.valid, args.threshold), "input": partial}
+        found = {"inpainting": complete(model, images, partial, keys, args.steps, args.seed, args.valid, args.threshold, args.renoise), "input": partial}
         seconds += time.time() - began
         if baselines:
-            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold)
+            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold, args.renoise)
         for k, (s, truth) in enumerate(zip(samples, truths)):
             for name in names:
                 quality[name].update(truth, ae.describe(truth), found[name][k], ae.describe(found[name][k]), str(s["file_name"]))
@@ -104,7 +110,7 @@ def complete_file(model, args, out):
     for k, n in own.items():
         partial[given == k] = n
     began = time.time()
-    ids = complete(model, [image], [partial], [Path(args.image).stem], args.steps, args.seed, args.valid, args.threshold)[0]
+    ids = complete(model, [image], [partial], [Path(args.image).stem], args.steps, args.seed, args.valid, args.threshold, args.renoise)[0]
     seconds = time.time() - began
     back = np.zeros(num_ids, np.int32)
     back[1:] = np.arange(num_ids - 1) + max(known, default=0) + 1
@@ -126,7 +132,7 @@ def complete_file(model, args, out):
 def main(argv=None):
     """Command line: complete dropped masks of a held-out set, sweep over them, or complete a user's mask."""
     parser = data.Parser(__doc__, out="out")
-    sample.sampling_flags(parser)
+    sample.sampling_flags(parser, renoise=True)
     add = parser.add_argument
     add("--steps", type=data.positive, default=50, help="sampling steps (default %(default)s)")
     add("--drop", type=data.fraction, default=0.5, help="share of blocks that is dropped (default %(default)s)")

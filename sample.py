@@ -9,6 +9,7 @@ Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. 
 From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(model, Image.open("photo.jpg"))
 Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
 """
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -41,24 +42,27 @@ def load(path=None, device="cpu"):
 
 
 @torch.no_grad()
-def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5):
+def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False):
     """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void).
 
-    keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch."""
+    keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch.
+    renoise: draw the noise anew at each step instead of the paper's deterministic DDIM."""
     device, size = next(model.parameters()).device, model.settings["size"]
     inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
     image_latent = model.encode_image(inputs)                              # B x c x h x w
-    noise = diffusion.image_noise(seed, keys, (4, *image_latent.shape[2:]), device)
-    logits = model.decode(model.sample(image_latent, noise, steps))        # B x N x 4h x 4w
+    place = keys, (4, *image_latent.shape[2:]), device
+    fresh = diffusion.fresh_noise(seed, *place) if renoise else None
+    z0 = model.sample(image_latent, diffusion.image_noise(seed, *place), steps, fresh)
+    logits = model.decode(z0)                                              # B x N x 4h x 4w
     return [ae.postprocess(l, *image.shape[:2], threshold, model.settings["min_area"]) for l, image in zip(logits, images)]
 
 
-def segment(model, image, steps=50, seed=0, threshold=0.5):
+def segment(model, image, steps=50, seed=0, threshold=0.5, renoise=False):
     """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format.
 
     threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
     array = data.to_rgb(ImageOps.exif_transpose(image))
-    ids = segment_batch(model, [array], [""], steps, seed, threshold)[0]
+    ids = segment_batch(model, [array], [""], steps, seed, threshold, renoise)[0]
     return ids, ae.describe(ids)
 
 
@@ -99,7 +103,7 @@ def predict_files(model, files, out, args, rank, world):
                 broken.append(str(error))
         if not batch:
             continue
-        found = segment_batch(model, [i for _, i in batch], [f.stem for f, _ in batch], args.steps[-1], args.seed, args.threshold)
+        found = segment_batch(model, [i for _, i in batch], [f.stem for f, _ in batch], args.steps[-1], args.seed, args.threshold, args.renoise)
         for (file, image), ids in zip(batch, found):
             data.write_id_png(out / "predictions" / f"{file.stem}.png", ids)
             Image.fromarray(data.overlay(image, ids)).save(out / "overlays" / f"{file.stem}.png")
@@ -114,7 +118,7 @@ def predict_files(model, files, out, args, rank, world):
     return broken
 
 
-def sampling_flags(parser):
+def sampling_flags(parser, renoise):
     """The flags that sample.py and inpaint.py share."""
     add = parser.add_argument
     add("--ckpt", help="checkpoint of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
@@ -122,6 +126,8 @@ def sampling_flags(parser):
     add("--limit", type=data.positive, help="only the first so many images of the split")
     add("--min_area", type=data.natural, help="segments under so many px of the image become void (default: the checkpoint's)")
     add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
+    add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
+        help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)
 
@@ -148,7 +154,7 @@ def open_split(model, args):
 def main(argv=None):
     """Command line: evaluate a split, or segment picture files."""
     parser = data.Parser(__doc__, out="out")
-    sampling_flags(parser)
+    sampling_flags(parser, renoise=False)
     parser.add_argument("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
     parser.add_argument("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
     args = parser.parse_args(argv)
@@ -184,7 +190,7 @@ def main(argv=None):
         began = time.time()
         with ae.autocast(precision, device):
             result, rows = diffusion.evaluate(model, dataset, device, steps, args.seed, args.batch_size, rank, world,
-                                              args.num_workers, args.threshold)
+                                              args.num_workers, args.threshold, args.renoise)
         seconds = (time.time() - began) / len(dataset)
         results[steps] = {**{k: 100 * result[k] for k in ("pq", "sq", "rq")}, "images": len(dataset), "seconds_per_image": seconds}
         if is_main():

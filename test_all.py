@@ -750,7 +750,7 @@ def test_sampling_a_model_that_knows_the_answer(trained):
     latent, noise = torch.zeros(2, 48, 8, 8), torch.randn(2, 4, 8, 8)
     for steps in (1, 5):
         trace = []
-        assert torch.allclose(model.sample(latent, noise, steps, trace), z, atol=1e-2) and len(trace) == steps
+        assert torch.allclose(model.sample(latent, noise, steps, trace=trace), z, atol=1e-2) and len(trace) == steps
     M = torch.zeros(2, 1, 8, 8)
     M[:, :, :4] = 1
     assert torch.allclose(inpaint.inpaint(model, latent, z, M, noise, torch.randn_like(z), 5), z, atol=1e-2)
@@ -770,6 +770,17 @@ def test_inpainting_holds_the_given_cells(trained):
     for j, zj, self_cond in seen:
         assert torch.allclose(zj[..., :3], model.ddim.add_noise(z_known, eps0, j)[..., :3])
     assert not seen[0][2].any() and torch.equal(seen[1][2][..., :3], z_known[..., :3])
+
+
+def test_renoise_draws_new_noise_at_every_step(trained):
+    """Without it the step is DDIM's; with it the sample is z^0 noised anew, the same for an image in any batch."""
+    model, fresh = tiny_ldm(trained, min_area=0), diffusion.fresh_noise(0, ["a", "b"], (4, 8, 8), "cpu")
+    assert torch.equal(fresh(99), fresh(99)) and not torch.equal(fresh(99), fresh(199))
+    z, z0 = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    assert torch.equal(model.ddim.step(z, z0, 199, 99, fresh(199)), model.ddim.add_noise(z0, fresh(199), 99))
+    images = [s["image"] for s in (data.Shapes("v", 32)[i] for i in range(2))]
+    run = lambda chosen, renoise: sample.segment_batch(model, [images[i] for i in chosen], chosen, steps=3, threshold=0, renoise=renoise)
+    assert (run([0, 1], True)[1] == run([1], True)[0]).mean() > 0.99 and (run([1], True)[0] != run([1], False)[0]).any()
 
 
 def test_drop_blocks():
