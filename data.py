@@ -496,6 +496,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):
+        """What argparse calls on a wrong flag."""
         raise BadInput(message)
 
     def parse_args(self, args=None):

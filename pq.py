@@ -142,7 +142,7 @@ def _read(path):
         return annotations, content.get("categories")
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror})") from None
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError):
         raise BadInput(f"{path}: not a COCO panoptic file (no annotations with image_id, file_name and segments_info)") from None
     except ValueError as error:
         raise BadInput(f"{path}: not JSON ({error})") from None
@@ -191,6 +191,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
+        """What argparse calls on a wrong flag."""
         raise BadInput(message)
 
 
