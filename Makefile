@@ -1,4 +1,4 @@
-# make demo: see it work (about five minutes after the installation)   make test: run the tests   make train: the shipped weights
+# make demo: see it work (three to four minutes after the installation)   make test: run the tests   make train: the shipped weights
 PYTHON ?= python3
 BIN = .venv/bin/python
 
