@@ -30,4 +30,8 @@ train: .venv/ready
 test: .venv/ready
 	$(BIN) -m pytest -q test_all.py
 
-.PHONY: demo test train
+# The same with twenty kills of every training instead of three.
+test-long: .venv/ready
+	LDMSEG_KILLS=20 $(BIN) -m pytest -q test_all.py
+
+.PHONY: demo test test-long train

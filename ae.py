@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -210,7 +211,7 @@ def setup(args):
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
     torch.manual_seed(args.seed)
     return torch.device(name), rank, world
 
@@ -220,6 +221,69 @@ def leave():
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+class Stop:
+    """Notes SIGTERM, Ctrl-C and SIGUSR1 (a scheduler's warning), so that a training saves its state before it ends.
+
+    Called once an iteration by every process: True for all once one of them was signalled. A second signal ends at once."""
+
+    def __init__(self):
+        self.number, self.before = 0, {}
+        for number in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+            with contextlib.suppress(ValueError):                          # not the main thread: leave signals alone
+                self.before[number] = signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        """The signal handler."""
+        self.number = number
+        self.restore()
+
+    def restore(self):
+        """Put the former handlers back."""
+        while self.before:
+            signal.signal(*self.before.popitem())
+
+    def __call__(self):
+        if dist.is_initialized():                                          # a CPU tensor: the device is not waited for
+            number = torch.tensor(self.number)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+        return self.number > 0
+
+    def leave(self, state, it):
+        """Part from the other processes; after a signal end with the shell's exit code for it, 128 + its number."""
+        self.restore()
+        leave()
+        if self.number:
+            if is_main():
+                print(f"stopped by {signal.Signals(self.number).name} after iteration {it}: {state} holds everything; add --resume to go on")
+            raise SystemExit(128 + self.number)
+
+
+MAX_SKIPPED = 50  # steps in a row without a finite gradient, after which a training gives up
+
+
+def guarded_step(optimizer, scaler, norm, skipped):
+    """An optimiser step that is left out, on the device and without waiting for it, where the gradient's norm is not finite.
+
+    skipped: 2 floats on the device, such steps in all and in a row; updated in place, to be read late by `check_skipped`."""
+    bad = (~norm.isfinite()).float()
+    if not scaler.is_enabled():
+        optimizer.found_inf = bad                                          # what GradScaler sets: fused AdamW skips by it
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    skipped.add_(bad)[1].mul_(bad)
+
+
+def check_skipped(skipped, it, out):
+    """Number of skipped steps; raises BadInput where too many came in a row: the weights are those before them."""
+    total, row = skipped.tolist()
+    if row >= MAX_SKIPPED:
+        raise BadInput(f"no finite gradient in the last {int(row)} of {it} iterations; the last good state is in {out}: "
+                       "start again with a lower --lr, or with --precision fp32")
+    return int(total)
 
 
 def check_batch(args, world):
@@ -257,14 +321,18 @@ def seed_iteration(seed, it, rank):
 
 
 def save(path, content):
-    """Write a checkpoint beside its place, flush it, then move it there: never half a file."""
+    """Write a checkpoint beside its place, flush it, then move it there: never half a file. Raises BadInput if the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:                               # torch's writer turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: can't be written ({str(error).splitlines()[0][:100]}); what was there before is unharmed") from None
     os.replace(temporary, path)
 
 
@@ -300,8 +368,10 @@ def build_autoencoder(content, path):
 
 def log(path, **entry):
     """Append one line of JSON (rank 0)."""
-    with open(path, "a") as file:
-        file.write(json.dumps({k: v if not isinstance(v, float) else float(f"{v:.6g}") for k, v in entry.items()}) + "\n")
+    with open(path, "a+b") as file:
+        cut = file.tell() and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"            # a kill may have cut the last line
+        line = json.dumps({k: v if not isinstance(v, float) else float(f"{v:.6g}") for k, v in entry.items()})
+        file.write((b"\n" if cut else b"") + line.encode() + b"\n")
 
 
 def read_log(path, stage):
@@ -315,6 +385,26 @@ def read_log(path, stage):
                     entries = {}
                 entries.setdefault(entry.get("iteration", 0), {}).update(entry)
     return [entries[k] for k in sorted(entries)]
+
+
+# Flags that a resumed run may change without becoming another run.
+FREE = {"resume", "iters", "out", "json", "export", "device", "num_workers", "log_every", "save_every", "eval_every", "eval_images",
+        "steps", "accum", "ckpt", "ae", "sd", "gradient_checkpointing", "val_split", "max_pixels"}
+
+
+def load_state(path, kind, args):
+    """The state that --resume continues from. Raises BadInput if it was a run with other flags, naming the first."""
+    state = load(path, kind)
+    for name, value in state["flags"].items():
+        if getattr(args, name, None) != value:
+            raise BadInput(f"--resume: the run in {path} has --{name} {value}, not {getattr(args, name, None)}: give the flags that it was "
+                           "started with, or start a new run from its weights with --ckpt")
+    return state
+
+
+def flags(args):
+    """The flags that make a run what it is, as plain values, for its state."""
+    return {k: v for k, v in vars(args).items() if k not in FREE}
 
 
 def training_flags(parser, models):
@@ -429,15 +519,14 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
 
-    out, start, best = Path(args.out), 0, -1.0
+    out, start, best, skipped = Path(args.out), 0, -1.0, torch.zeros(2, device=device)
     if args.resume:
-        state = load(out / "ae_state.pt", "ae_state")
-        if state["autoencoder"] != model.settings:
-            raise BadInput(f"--resume: {out / 'ae_state.pt'} is a run with {state['autoencoder']}, the flags say {model.settings}")
+        state = load_state(out / "ae_state.pt", "ae_state", args)
         model.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, best = state["iteration"], state["best"]
+        skipped.add_(torch.tensor(state["skipped"]).to(device))
     checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
                           "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model")}}
     if is_main():
@@ -448,7 +537,7 @@ def main(argv=None):
     # training: eq. 2
     batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
     progress = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=not is_main(), unit="it", mininterval=1)
-    seen, clock, result = 0, time.time(), None
+    seen, clock, result, stop = 0, time.time(), None, Stop()
     for it in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(it, args)
@@ -473,7 +562,7 @@ def main(argv=None):
                     if args.accum > 1:
                         n_ce = sum((sample_at(y[:, None].float(), p[0], "nearest") > 0).sum() for y, p in zip(maps, points))
                         n_mask = sum(len(p[1]) for p in points)
-                    counts = torch.tensor([float(n_ce), float(n_mask)], device=device)
+                    counts = torch.stack([n_ce.float(), torch.full_like(n_ce, n_mask, dtype=torch.float32)])
                     if world > 1:
                         dist.all_reduce(counts)
                     counts = counts.clamp(min=1)
@@ -484,18 +573,17 @@ def main(argv=None):
                 scaler.scale(loss * world).backward()                      # DDP averages over ranks; the counts are global
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        guarded_step(optimizer, scaler, norm, skipped)
 
         seen += args.batch_size
         if (it + 1) % args.log_every == 0:
             ce, mask = reduce_sum(parts, device).tolist()
+            left_out = check_skipped(skipped, it + 1, out)
             if is_main():
                 rate, seen, clock = seen / (time.time() - clock), 0, time.time()
                 progress.set_postfix(loss=f"{ce + mask:.3f}", images_s=f"{rate:.0f}")
                 log(out / "log.jsonl", stage="ae", iteration=it + 1, loss=ce + mask, ce=ce, mask=mask, grad_norm=norm.item(),
-                    lr=learning_rate(it, args), images_per_second=rate)
+                    lr=learning_rate(it, args), images_per_second=rate, **{"skipped": left_out} if left_out else {})
         done = it + 1 == args.iters
         if (it + 1) % args.eval_every == 0 or done:
             result, rows, stats = evaluate(model, val_set, args, device, rank, world)
@@ -506,10 +594,15 @@ def main(argv=None):
                     best = result["pq"]
                     save(out / "ae_best.pt", checkpoint())
             clock, seen = time.time(), 0
-        if ((it + 1) % args.save_every == 0 or done) and is_main():
+        stopped = stop()
+        if ((it + 1) % args.save_every == 0 or done or stopped) and is_main():
             save(out / "ae.pt", checkpoint())
-            save(out / "ae_state.pt", {"kind": "ae_state", "autoencoder": model.settings, "weights": model.state_dict(), "iteration": it + 1,
-                                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best})
+            save(out / "ae_state.pt", {"kind": "ae_state", "flags": flags(args), "weights": model.state_dict(), "iteration": it + 1,
+                                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "best": best,
+                                       "skipped": skipped.tolist()})
+        if stopped:
+            progress.close()
+            stop.leave(out / "ae_state.pt", it + 1)
 
     # what came of it
     if result is None:
@@ -526,7 +619,7 @@ def main(argv=None):
             data.plot(out / "ae_loss.png", curves, "iteration", "loss", log_y=True)
         if args.json:
             data.write_json(args.json, {"images": len(val_set), **percent, **stats})
-    leave()
+    stop.leave(out / "ae_state.pt", args.iters)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ The end of the file holds what all scripts share: command line, one-line errors,
 """
 import argparse
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -47,9 +48,10 @@ def command(main):
                 raise
             line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")  # a worker puts its traceback in front
         except OSError as error:
-            if error.filename is None:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            if error.filename is None and not full:
                 raise
-            line = f"{error.filename}: {error.strerror}"
+            line = f"{error.filename or 'writing'}: {error.strerror}" + "; what was written before is unharmed" * full
         print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
         raise SystemExit(2)
     return run

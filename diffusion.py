@@ -17,6 +17,7 @@ ldm_state.pt (to --resume from), log.jsonl, ldm.png, ldm_loss.png.
 import argparse
 import contextlib
 import hashlib
+import math
 import time
 from pathlib import Path
 
@@ -388,20 +389,17 @@ def main(argv=None):
                                               broadcast_buffers=False) if world > 1 else model
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)
 
-    start, best = 0, -1.0
+    start, best, losses, skipped = 0, -1.0, [], torch.zeros(2, device=device)
     if args.resume:
-        state = ae.load(out / "ldm_state.pt", "ldm_state")
-        changed = [k for k in model.settings if state["settings"].get(k) != model.settings[k] and k != "latent_scale"]
-        if changed or len(state["average"]) != len(average):
-            raise BadInput(f"--resume: {out / 'ldm_state.pt'} is a run with another {changed[0] if changed else '--ema'}; "
-                           "give the flags that it was started with")
+        state = ae.load_state(out / "ldm_state.pt", "ldm_state", args)
         model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
         model.autoencoder.load_state_dict(state["autoencoder"])
         model.unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         average = [a.to(device) for a in state["average"]]
-        start, best = state["iteration"], state["best"]
+        start, best, losses = state["iteration"], state["best"], state["losses"]
+        skipped.add_(torch.tensor(state["skipped"]).to(device))
 
     def swap_ema():
         """Exchange the weights and their average."""
@@ -418,6 +416,12 @@ def main(argv=None):
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world
 
+    def drain():
+        """Losses of the iterations since the last reading, mean over ranks, as floats; only here is the device waited for."""
+        values = (ae.reduce_sum(torch.stack(running).double().cpu(), device) / world).tolist() if running else []
+        running.clear()
+        return values
+
     def validate():
         """PQ of sampling the validation subset with the weights in place."""
         with ae.autocast(precision, device):
@@ -426,7 +430,7 @@ def main(argv=None):
     # training: Algorithm 1
     batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
     progress = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=not is_main(), unit="it", mininterval=1)
-    seen, clock, running, result = 0, time.time(), [], None
+    seen, clock, running, result, stop = 0, time.time(), [], None, ae.Stop()
     for it in progress:
         for group in optimizer.param_groups:
             group["lr"] = ae.learning_rate(it, args)
@@ -443,20 +447,19 @@ def main(argv=None):
             running.append(loss.detach())                                  # read late: no waiting for the device here
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, args.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        ae.guarded_step(optimizer, scaler, norm, skipped)
         if average:
             torch._foreach_lerp_(average, [p.data for p in weights], 1 - min(args.ema, (it + 1) / (it + 10)))
 
         seen += args.batch_size
         if (it + 1) % args.log_every == 0:
-            value, rate = float(ae.reduce_sum(torch.stack(running).mean(), device)) / world, seen / (time.time() - clock)
-            seen, clock, running = 0, time.time(), []
+            finite = [x for x in losses + drain() if math.isfinite(x)]
+            value, rate, left_out = sum(finite) / max(len(finite), 1), seen / (time.time() - clock), ae.check_skipped(skipped, it + 1, out)
+            seen, clock, losses = 0, time.time(), []
             progress.set_postfix(loss=f"{value:.4f}", images_s=f"{rate:.0f}")
             if is_main():
                 ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, loss=value, grad_norm=norm.item(),
-                       lr=ae.learning_rate(it, args), images_per_second=rate)
+                       lr=ae.learning_rate(it, args), images_per_second=rate, **{"skipped": left_out} if left_out else {})
         done = it + 1 == args.iters
         if (it + 1) % args.eval_every == 0 or done:
             swap_ema()
@@ -470,13 +473,20 @@ def main(argv=None):
             swap_ema()
             model.unet.train()
             clock, seen = time.time(), 0
-        if ((it + 1) % args.save_every == 0 or done) and is_main():
-            swap_ema()
-            ae.save(out / "ldm.pt", checkpoint())
-            swap_ema()
-            ae.save(out / "ldm_state.pt", {"kind": "ldm_state", "settings": model.settings, "autoencoder": model.autoencoder.state_dict(),
-                                           "unet": model.unet.state_dict(), "average": average,
-                                           "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "iteration": it + 1, "best": best})
+        stopped = stop()
+        if (it + 1) % args.save_every == 0 or done or stopped:
+            losses += drain()
+            if is_main():
+                swap_ema()
+                ae.save(out / "ldm.pt", checkpoint())
+                swap_ema()
+                ae.save(out / "ldm_state.pt", {
+                    "kind": "ldm_state", "flags": ae.flags(args), "settings": model.settings, "autoencoder": model.autoencoder.state_dict(),
+                    "unet": model.unet.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "iteration": it + 1, "best": best, "losses": losses, "skipped": skipped.tolist()})
+        if stopped:
+            progress.close()
+            stop.leave(out / "ldm_state.pt", it + 1)
 
     # what came of it
     swap_ema()
@@ -497,7 +507,7 @@ def main(argv=None):
         if args.export:
             ae.save(args.export, checkpoint(torch.float16))
             print(f"wrote {args.export} ({Path(args.export).stat().st_size / 1e6:.1f} MB)")
-    ae.leave()
+    stop.leave(out / "ldm_state.pt", args.iters)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,16 @@ tests that need them are skipped where they are absent. A few of those numbers s
 checks them.
 """
 import json
+import multiprocessing
 import os
 import re
+import resource
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -504,32 +510,6 @@ def test_ae_learns_and_its_log_and_pictures_are_there(tmp_path):
     assert result["images"] == 4 and 0 <= result["pq"] <= 100
 
 
-@pytest.mark.parametrize("stage", ["ae", "ldm"])
-def test_resume_gives_the_same_weights_as_one_run(tmp_path, trained, stage):
-    main, flags = {"ae": (ae.main, TINY_AE), "ldm": (diffusion.main, TINY_LDM + ["--ae", str(trained / "ae.pt")])}[stage]
-    flags = flags + ["--save_every", "2"]
-    main(flags + ["--iters", "4", "--out", str(tmp_path / "whole")])
-    state = tmp_path / "whole" / f"{stage}_state.pt"
-
-    # stop after two of the four iterations: the run itself, cut off by an exception in its third
-    calls, original = [], ae.seed_iteration
-    def interrupted(seed, it, rank):
-        if it == 2 and not calls.append(it) and len(calls) == 1:
-            raise KeyboardInterrupt
-        original(seed, it, rank)
-    ae.seed_iteration = interrupted
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            main(flags + ["--iters", "4", "--out", str(tmp_path / "cut")])
-    finally:
-        ae.seed_iteration = original
-    assert torch.load(tmp_path / "cut" / f"{stage}_state.pt", weights_only=True)["iteration"] == 2
-    main(flags + ["--iters", "4", "--out", str(tmp_path / "cut"), "--resume"])
-    a, b = (torch.load(p, weights_only=True) for p in (state, tmp_path / "cut" / f"{stage}_state.pt"))
-    flat = lambda s: [v for k in ("weights", "unet", "average", "optimizer") if k in s for v in leaves(s[k])]
-    assert len(flat(a)) == len(flat(b)) > 10 and all(torch.equal(x, y) for x, y in zip(flat(a), flat(b)))
-
-
 def leaves(value):
     """All tensors in nested dicts and lists."""
     if torch.is_tensor(value):
@@ -867,6 +847,183 @@ def test_without_a_checkpoint_the_shipped_weights_are_used(tmp_path, monkeypatch
     sample.main(["--limit", "16", "--steps", "10", "--num_workers", "0", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
     assert "shapes.pt" in capsys.readouterr().err
     assert json.loads((tmp_path / "r.json").read_text())["pq"] > 50
+
+
+# ------------------------------------------------------------------------- what a training on a shared machine meets
+
+FORK = multiprocessing.get_context("forkserver")  # children that have imported everything: a training starts in no time
+FORK.set_forkserver_preload(["inpaint", "torch.testing"])
+KILLS = int(os.environ.get("LDMSEG_KILLS", 3))
+
+
+def child(module, argv, env, limit):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if limit:                                              # a full disk: no file grows beyond so many bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.stderr = open(Path(argv[argv.index("--out") + 1]) / "stderr", "w")
+    {"ae": ae, "ldm": diffusion}[module].main(argv)
+
+
+def start_training(stage, argv, out, world=1, limit=0):
+    """Start a training of `world` processes in the background."""
+    out.mkdir(exist_ok=True)
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1])} if world > 1 else {}
+    ranks = [FORK.Process(target=child, args=(stage, argv + ["--out", str(out)], {**env, "RANK": str(r), "LOCAL_RANK": str(r)}, limit))
+             for r in range(world)]
+    for p in ranks:
+        p.start()
+    return ranks
+
+
+def finish(ranks, seconds=120):
+    """Wait for a training: the exit codes of its processes."""
+    for p in ranks:
+        p.join(seconds)
+        assert p.exitcode is not None, "the training hangs"
+    return [p.exitcode for p in ranks]
+
+
+def same_run(stage, a, b):
+    """Weights, average, optimiser and losses of two runs are the same to the bit."""
+    one, two = (torch.load(folder / f"{stage}_state.pt", weights_only=True) for folder in (a, b))
+    assert one["iteration"] == two["iteration"]
+    pick = lambda s: [v for k in ("weights", "unet", "average", "optimizer") if k in s for v in leaves(s[k])]
+    assert len(pick(one)) == len(pick(two)) > 10 and all(torch.equal(x, y) for x, y in zip(pick(one), pick(two)))
+    losses = [[(e["iteration"], e["loss"]) for e in ae.read_log(folder / "log.jsonl", stage) if "loss" in e] for folder in (a, b)]
+    assert losses[0] == losses[1] and len(losses[0]) > 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", ["ae", "ldm"])
+def test_a_killed_training_resumes_to_the_same_bits(tmp_path, trained, stage, world):
+    """SIGKILL at random moments, every third one while a file is being written; `make test-long` tries more often."""
+    flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt")]}[stage]
+    flags = flags + ["--iters", "9", "--save_every", "1", "--log_every", "3", "--eval_every", "5", "--num_workers", "1"]
+    start_training(stage, ["--help"], tmp_path / "warm")[0].join()          # the imports are not part of the span
+    began = time.time()
+    assert finish(start_training(stage, flags, tmp_path / "whole", world)) == [0] * world
+    span, rng, hits = time.time() - began, np.random.default_rng((world, len(stage))), 0
+    cut, resume = tmp_path / "cut", lambda: ["--resume"] if (cut / f"{stage}_state.pt").exists() else []
+    for kill in range(KILLS):
+        ranks, until = start_training(stage, flags + resume(), cut, world), time.time() + rng.uniform(0.1, 1) * span
+        while (kill % 3 == 0 or time.time() < until) and all(p.is_alive() for p in ranks):
+            if kill % 3 == 0 and any(cut.glob("*.tmp")):
+                hits += 1
+                break
+            time.sleep(0.0002)
+        for p in ranks:
+            p.kill()
+        finish(ranks)
+    assert hits                                            # one was killed within the write
+    assert finish(start_training(stage, flags + resume(), cut, world)) == [0] * world
+    same_run(stage, tmp_path / "whole", cut)
+    if stage == "ldm":
+        assert diffusion.load_ldm(cut / "ldm.pt")
+
+
+@pytest.mark.parametrize("stage, world, number", [("ae", 1, signal.SIGTERM), ("ldm", 1, signal.SIGUSR1), ("ldm", 2, signal.SIGINT)])
+def test_a_signal_saves_and_ends_the_training(tmp_path, trained, stage, world, number):
+    flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt")]}[stage] + ["--schedule", "constant"]
+    cut = tmp_path / "cut"
+    ranks = start_training(stage, flags + ["--iters", "100000"], cut, world)
+    while not (cut / "log.jsonl").exists() or len((cut / "log.jsonl").read_text().splitlines()) < 3:
+        assert all(p.is_alive() for p in ranks)
+        time.sleep(0.01)
+    os.kill(ranks[-1].pid, number)                         # one process: the others must hear of it
+    assert finish(ranks) == [128 + number] * world
+    assert "Traceback" not in (cut / "stderr").read_text()
+    last = torch.load(cut / f"{stage}_state.pt", weights_only=True)["iteration"]
+    assert finish(start_training(stage, flags + ["--iters", str(last + 2), "--resume"], cut, world)) == [0] * world
+    assert finish(start_training(stage, flags + ["--iters", str(last + 2)], tmp_path / "whole", world)) == [0] * world
+    same_run(stage, tmp_path / "whole", cut)
+
+
+@pytest.mark.parametrize("kind, share", [("limit", 0.1), ("limit", 0.6), ("tmpfs", 0.6), ("tmpfs", 0.95)])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, kind, share):
+    out = tmp_path / "out"
+    flags = TINY_AE + ["--eval_every", "1000", "--save_every", "2"]
+    assert finish(start_training("ae", flags + ["--iters", "2"], out)) == [0]
+    for name in ("ae.png", "ae_loss.png"):
+        (out / name).unlink()
+    state = out / "ae_state.pt"
+    before, size = state.read_bytes(), state.stat().st_size
+    if kind == "limit":
+        codes = finish(start_training("ae", flags + ["--iters", "8", "--resume"], out, limit=int(size * share)))
+    else:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        used = sum(-(-f.stat().st_size // 4096) * 4096 for f in out.iterdir())
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={used + int(size * share) // 4096 * 4096}", "tmpfs", str(disk)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs rights that are not given here")
+        try:
+            shutil.copytree(out, disk, dirs_exist_ok=True)
+            codes = finish(start_training("ae", flags + ["--iters", "8", "--resume"], disk))
+            shutil.copytree(disk, out, dirs_exist_ok=True)
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    error = [l for l in (out / "stderr").read_text().splitlines() if "error" in l]
+    assert codes == [2] and len(error) == 1 and "unharmed" in error[0] and "Traceback" not in (out / "stderr").read_text()
+    assert state.read_bytes() == before and not list(out.glob("*.tmp"))
+    assert finish(start_training("ae", flags + ["--iters", "8", "--resume"], out)) == [0]
+
+
+def test_resume_refuses_another_run(tmp_path, trained, capsys):
+    for stage, main, flags in (("ae", ae.main, TINY_AE), ("ldm", diffusion.main, TINY_LDM)):
+        shutil.copytree(trained, tmp_path / stage)
+        flags = flags + ["--out", str(tmp_path / stage), "--resume", "--iters", "4"]
+        one_line_error(capsys, main, flags + ["--lr", "0.5"], "--resume", "--lr", "0.5")
+        one_line_error(capsys, main, flags + ["--seed", "9"], "--seed 0")
+        (tmp_path / stage / f"{stage}_state.pt").unlink()
+        one_line_error(capsys, main, flags, f"{stage}_state.pt")
+
+
+def test_steps_without_a_finite_gradient_are_left_out(tmp_path, trained, capsys, monkeypatch):
+    # one such step: weights, moments and step counts stay as they were, and the count tells
+    model = torch.nn.Linear(3, 1)
+    optimizer, skipped = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True), torch.zeros(2)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    def step(factor):
+        (model(torch.ones(2, 3)).sum() * factor).backward()
+        ae.guarded_step(optimizer, scaler, torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), skipped)
+        return [t.clone() for t in (*model.parameters(), *leaves(optimizer.state_dict()["state"]))]
+    before, bad, after = step(1.0), step(float("nan")), step(2.0)
+    assert all(torch.equal(x, y) for x, y in zip(before, bad)) and not any(torch.equal(x, y) for x, y in zip(before, after))
+    assert skipped.tolist() == [1, 0]
+    step(float("inf")), step(float("nan"))
+    assert skipped.tolist() == [3, 2]
+
+    # many in a row: the run ends with one line, its last good state intact
+    monkeypatch.setattr(ae, "MAX_SKIPPED", 3)
+    losses, forward = ae.segmentation_losses, diffusion.LDM.forward
+    monkeypatch.setattr(ae, "segmentation_losses", lambda *a: tuple(x * float("nan") if i == 0 else x for i, x in enumerate(losses(*a))))
+    monkeypatch.setattr(diffusion.LDM, "forward", lambda *a: forward(*a) * float("inf"))
+    for stage, main, flags in (("ae", ae.main, TINY_AE), ("ldm", diffusion.main, TINY_LDM)):
+        shutil.copytree(trained, tmp_path / stage)
+        one_line_error(capsys, main, flags + ["--out", str(tmp_path / stage), "--resume", "--iters", "20"], "finite", "3 of 6 iterations", "--lr")
+        a, b = (torch.load(folder / f"{stage}_state.pt", weights_only=True) for folder in (trained, tmp_path / stage))
+        assert all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(b)))
+
+
+@pytest.mark.parametrize("segments", [0, 1, 127])
+def test_losses_of_maps_with_no_one_and_most_segments(segments, trained):
+    ids = torch.arange(1, 257).reshape(1, 16, 16).clamp(max=127) if segments == 127 else torch.full((1, 16, 16), min(segments, 1))
+    ids = torch.cat([ids, torch.zeros_like(ids)])                          # and an image that is all void
+    model = ae.Autoencoder(128, factor=4, width=32)
+    logits, mean, logvar = model(ids)
+    ce, n_ce, mask, n_mask = ae.segmentation_losses(logits, ids, *ae.draw_points(logits, ids, 64))
+    assert n_mask == segments and (n_ce > 0) == (segments > 0) and torch.isfinite(ce + mask)
+    (ce / n_ce.clamp(min=1) + mask / max(n_mask, 1)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert segments or not any(p.grad.any() for p in model.decoder.parameters())
+    ldm = diffusion.load_ldm(trained / "ldm.pt")
+    y = ids.clamp(max=7).repeat(1, 2, 2)
+    loss = ldm(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), y, torch.randn(2, 4, 8, 8), torch.tensor([5, 900]),
+               torch.ones(1000), torch.tensor([True, False]))
+    assert torch.isfinite(loss) and (loss > 0) == (segments > 0)
 
 
 # ----------------------------------------------------------------------------------------- the command line as such
