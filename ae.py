@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -336,32 +337,76 @@ def save(path, content):
     os.replace(temporary, path)
 
 
+class Inert:
+    """Stands in for whatever class a foreign file names: takes any arguments and any state, and runs nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def strip(weights):
+    """A module's tensors under its own names, whether or not it was wrapped for several GPUs."""
+    return {k.removeprefix("module."): v for k, v in weights.items() if torch.is_tensor(v)}
+
+
+def from_release(content):
+    """The authors' autoencoder checkpoint as one of ours: its settings follow from the shapes of its tensors."""
+    weights = strip(content["vae"])
+    first, bottleneck, num_ids = weights["encoder.0.weight"], weights["decoder.0.weight"], len(weights["decoder.10.weight"])
+    encoding = next(e for e in data.ENCODINGS if data.id_channels(e, num_ids) == first.shape[1])
+    shape = dict(num_ids=num_ids, encoding=encoding, factor=len(bottleneck) // len(first), width=len(bottleneck), latent_channels=bottleneck.shape[1])
+    return {"kind": "ae", "autoencoder": shape, "weights": weights, "settings": RELEASE_SETTINGS}
+
+
+RELEASE_SETTINGS = dict(model="sd", size=512, data="data/coco", train_split="train2017", val_split="val2017", background="segment", seed=0)
+RELEASE_MARK = {"ae": "vae", "ldm": "vae_semseg"}  # the entry by which a checkpoint of the authors' release is known
+FROM_RELEASE = {"ae": from_release}                # makes it one of ours; diffusion.py adds its own
+
+
 def load(path, kind):
-    """Read a checkpoint without executing anything from it; kind: 'ae', 'ldm', 'ae_state', 'ldm_state'. Raises BadInput."""
+    """Read a checkpoint, ours or the authors' release, without executing anything from it. Raises BadInput.
+
+    kind: 'ae', 'ldm', 'ae_state', 'ldm_state'. The release pickled its settings: PyTorch's restricted unpickler is given
+    a plain dict or an `Inert` for every class in the file that is neither tensor nor plain value."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)     # scans the pickle, runs nothing
+        with torch.serialization.safe_globals([(OrderedDict if name.endswith("Dict") else Inert, name) for name in named]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(named))    # the release's optimiser stays on disk
+        entries = content if isinstance(content, dict) else {}
+        found = entries.get("kind") or next((k for k, mark in RELEASE_MARK.items() if mark in entries), None)
+        if named and (entries.get("kind") or not found):
+            raise ValueError("only the release may hold more than tensors")
     except FileNotFoundError:
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception:
         raise BadInput(f"{path}: not a readable checkpoint (cut short, foreign, or holding more than tensors)") from None
-    found = content.get("kind") if isinstance(content, dict) else None
     if found != kind:
         raise BadInput(f"{path}: is {'a checkpoint of kind ' + repr(found) if found else 'no checkpoint of this project'}, needed is {kind!r}")
-    return content
+    try:
+        return content if content.get("kind") else FROM_RELEASE[kind](content)
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
+        raise BadInput(f"{path}: has the entries of the authors' release, but not its layout ({type(error).__name__} {error})") from None
 
 
 def load_autoencoder(path):
-    """Checkpoint of stage 1 -> Autoencoder (eval mode, on the CPU) and the settings that it was trained with."""
+    """Checkpoint of stage 1, ours or the authors' -> Autoencoder, in eval mode on the CPU. Raises BadInput.
+
+    Its `trained_with` holds what training it was told: data, train_split, val_split, background, size, seed, model."""
     content = load(path, "ae")
-    return build_autoencoder(content, path), content["settings"]
+    model = build_autoencoder(content, path)
+    model.trained_with = content["settings"]
+    return model
 
 
 def build_autoencoder(content, path):
     """Autoencoder from a checkpoint's `autoencoder` (its own settings) and `weights`. Raises BadInput."""
-    model = Autoencoder(**content["autoencoder"])
     try:
+        model = Autoencoder(**content["autoencoder"])
         model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
     return model.eval()
 
@@ -510,7 +555,7 @@ def main(argv=None):
     val_set = data.Evaluation(val_source, args.size, args.eval_images)
 
     # model and optimiser; weight decay is the penalty of eq. 2
-    model = load_autoencoder(args.ckpt)[0] if args.ckpt else Autoencoder(args.num_ids, args.encoding, args.factor, args.width)
+    model = load_autoencoder(args.ckpt) if args.ckpt else Autoencoder(args.num_ids, args.encoding, args.factor, args.width)
     for name in ("num_ids", "encoding", "factor", "width"):
         if model.settings[name] != getattr(args, name):
             raise BadInput(f"--{name} {getattr(args, name)}: the autoencoder of --ckpt has {model.settings[name]}")

@@ -278,20 +278,51 @@ def fresh_noise(seed, keys, shape, device):
     return lambda j: image_noise(seed, [f"{key} at {j}" for key in keys], shape, device)
 
 
+def from_release(content):
+    """The authors' diffusion checkpoint as one of ours: Stable Diffusion's classes, their sizes read off the tensors.
+
+    Its `unet` is taken, since the release keeps no average of it; the latent scale is that of its settings."""
+    unet, image, stage1 = ae.strip(content["unet"]), ae.strip(content["vae_image"]), ae.from_release({"vae": content["vae_semseg"]})
+    count = lambda weights, prefix: len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})       # blocks
+    widths = lambda weights, prefix: [len(weights[f"{prefix}{i}.resnets.0.conv1.weight"]) for i in range(count(weights, prefix))]
+    types = lambda side: [("CrossAttn" if count(unet, f"{side.lower()}_blocks.{i}.attentions.") else "") + f"{side}Block2D"
+                          for i in range(count(unet, f"{side.lower()}_blocks."))]
+    config = dict(sample_size=64, in_channels=unet["conv_in.weight"].shape[1], out_channels=len(unet["conv_out.weight"]),
+                  block_out_channels=widths(unet, "down_blocks."), layers_per_block=count(unet, "down_blocks.0.resnets."),
+                  down_block_types=types("Down"), up_block_types=types("Up"), attention_head_dim=8)
+    blocks = widths(image, "encoder.down_blocks.")
+    vae = dict(block_out_channels=blocks, layers_per_block=count(image, "encoder.down_blocks.0.resnets."), sample_size=512,
+               latent_channels=len(image["quant_conv.weight"]) // 2,
+               down_block_types=["DownEncoderBlock2D"] * len(blocks), up_block_types=["UpDecoderBlock2D"] * len(blocks))
+    scale = SD_SCALE
+    with contextlib.suppress(AttributeError, KeyError, TypeError):
+        scale = float(content["p"]["vae_model_kwargs"]["scaling_factor"])
+    # the image encoder needs no post_quant_conv; its attention had other names up to diffusers 0.16, which the release was made with
+    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    image = {".".join(names.get(part, part) for part in k.split(".")): v for k, v in image.items() if k.startswith(("encoder.", "quant_conv."))}
+    parts = {"autoencoder": stage1["weights"], "image_encoder": image, "unet": unet}
+    return {"kind": "ldm", "weights": {f"{part}.{k}": v for part, weights in parts.items() for k, v in weights.items()},
+            "settings": dict(ae.RELEASE_SETTINGS, autoencoder=stage1["autoencoder"], image_encoder=vae, unet=config, latent_scale=scale,
+                             prediction="epsilon", self_cond=True, min_area=ae.min_area(ae.RELEASE_SETTINGS["size"]))}
+
+
+ae.FROM_RELEASE["ldm"] = from_release
+
+
 def load_ldm(path):
-    """Checkpoint of stage 2 -> LDM in eval mode on the CPU; nothing is downloaded. Raises BadInput."""
+    """Checkpoint of stage 2, ours or the authors' -> LDM in eval mode on the CPU; nothing is downloaded. Raises BadInput."""
     content = ae.load(path, "ldm")
     s = content["settings"]
-    autoencoder = ae.Autoencoder(**s["autoencoder"])
-    if s["image_encoder"].keys() == {"factor"}:
-        image_encoder = Pixels(**s["image_encoder"])
-    else:
-        from diffusers import AutoencoderKL
-        image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
-    model = LDM(autoencoder, image_encoder, build_unet(s["unet"]), s)
     try:
+        autoencoder = ae.Autoencoder(**s["autoencoder"])
+        if s["image_encoder"].keys() == {"factor"}:
+            image_encoder = Pixels(**s["image_encoder"])
+        else:
+            from diffusers import AutoencoderKL
+            image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
+        model = LDM(autoencoder, image_encoder, build_unet(s["unet"]), s)
         model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-    except RuntimeError as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
     return model.eval()
 
@@ -352,8 +383,8 @@ def main(argv=None):
     if start_from:
         autoencoder, size = start_from.autoencoder, start_from.settings["size"]
     else:
-        autoencoder, stage1 = ae.load_autoencoder(args.ae or out / "ae.pt")
-        size = stage1["size"]
+        autoencoder = ae.load_autoencoder(args.ae or out / "ae.pt")
+        size = autoencoder.trained_with["size"]
     args.size = args.size or size
     if args.size % (4 * autoencoder.factor):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor} for this autoencoder")

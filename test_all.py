@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +432,23 @@ def test_losses_equal_the_reference():
         assert abs(np.mean(values) - mean) < 3 * std * (1 / n + 1 / len(values)) ** 0.5
 
 
+def test_the_authors_autoencoder_gives_the_authors_numbers():
+    """Their file through our loading path: latents, log-variances, logits to 1e-4, and the ids wherever they are that sure."""
+    ref, model = np.load(reference("ae_parity.npz")), ae.load_autoencoder(reference("ae_official_format.pt"))
+    assert (model.num_ids, model.factor, model.encoding, model.trained_with["size"]) == (128, 8, "bits", 512)
+    with torch.no_grad():
+        mean, logvar = model.encode(torch.from_numpy(ref["ids"]))
+        logits = model.decode(mean)
+    full = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+    for ours, theirs in ((mean, "latent_mean"), (logvar, "latent_logvar"), (logits[:, :8], "logits_quarter_top"),
+                         (full[:, :, 32, 48], "logits_full_at_32_48")):
+        assert ours.shape == ref[theirs].shape and (ours - torch.from_numpy(ref[theirs])).abs().max() < 1e-4
+    first, second = full.topk(2, dim=1).values.unbind(1)
+    sure = (first - second > 1e-4).numpy()
+    found = np.stack([ae.postprocess(l, *ref["ids"].shape[1:], threshold=0) for l in logits])
+    assert sure.mean() > 0.99 and np.array_equal(found[sure], ref["argmax_full"][sure])
+
+
 def test_autoencoder_has_the_papers_shape():
     model = ae.Autoencoder()
     assert sum(p.numel() for p in model.parameters()) == 2_023_208
@@ -658,6 +676,121 @@ def test_sd_model_trains_samples_and_needs_no_download_afterwards(tmp_path, sd_f
     assert torch.equal(model.unet.time_embedding.linear_1.weight, before)              # frozen
     ids, segments_info = sample.segment(model, Image.new("RGB", (50, 40), "red"), steps=2)
     assert ids.shape == (40, 50) and ids.dtype == np.int32 and sum(s["area"] for s in segments_info) == (ids > 0).sum()
+
+
+def save_like_the_release(path, **content):
+    """A checkpoint with a pickled settings object, whose class (EasyDict, in theirs) is gone when the file is read."""
+    class EasyDict(dict):
+        def __init__(self, **entries):
+            super().__init__(entries)
+            self.__dict__.update(entries)
+    EasyDict.__module__, EasyDict.__qualname__ = "easydict", "EasyDict"
+    sys.modules["easydict"] = types.ModuleType("easydict")
+    sys.modules["easydict"].EasyDict = EasyDict
+    try:
+        settings = EasyDict(base=1, vae_model_kwargs=EasyDict(scaling_factor=0.25, num_latents=2))
+        torch.save({"step": 7, "epoch": 0, "opt": None, "scaler": None, "p": settings, **content}, path)
+    finally:
+        del sys.modules["easydict"]
+    return path
+
+
+def narrow_release():
+    """What the authors' diffusion checkpoint holds, with few channels and random weights."""
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    unet = diffusion.build_unet(dict(in_channels=12, block_out_channels=(32, 32, 64, 64), layers_per_block=1, attention_head_dim=8))
+    vae = AutoencoderKL(block_out_channels=(32, 32, 64), layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 3,
+                        up_block_types=["UpDecoderBlock2D"] * 3)
+    image = {k: v for k, v in vae.state_dict().items() if not k.startswith("decoder.")}
+    return {"vae_image": image, "vae_semseg": ae.Autoencoder(16, factor=4, width=32).state_dict(), "unet": unet.state_dict(), "ema": {}}
+
+
+@pytest.mark.parametrize("old_names", [True, False])
+def test_the_authors_diffusion_checkpoint_loads_samples_and_trains(tmp_path, old_names):
+    """Random weights in the release's layout: each tensor arrives (a strict load), and every script takes the file."""
+    assert "easydict" not in sys.modules
+    content, names = narrow_release(), {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    image = dict(content["vae_image"])
+    for new, old in names.items() if old_names else ():                    # those of diffusers 0.16
+        content["vae_image"] = {k.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): v for k, v in content["vae_image"].items()}
+    assert old_names == any(".query." in k for k in content["vae_image"])
+    path = save_like_the_release(tmp_path / "ldmseg.pt", **content)
+    model = sample.load(path)
+    ours = model.state_dict()
+    arrived = {"autoencoder": content["vae_semseg"], "unet": content["unet"],
+               "image_encoder": {k: v for k, v in image.items() if not k.startswith("post_quant_conv.")}}
+    expected = {f"{part}.{k}": v for part, tensors in arrived.items() for k, v in tensors.items()}
+    assert expected.keys() == ours.keys() and all(torch.equal(ours[k], v) for k, v in expected.items())
+    s = model.settings
+    assert (s["size"], s["min_area"], s["prediction"], s["self_cond"], model.scale) == (512, 512, "epsilon", True, 0.25)
+    assert model.unet.config.attention_head_dim == 8 and not model.training
+
+    Image.new("RGB", (60, 40), "navy").save(tmp_path / "x.png")
+    given = np.zeros((40, 60), np.int32)
+    given[:, :30] = 7
+    data.write_id_png(tmp_path / "m.png", given)
+    flags = ["--ckpt", str(path), "--size", "32", "--min_area", "0", "--threshold", "0", "--device", "cpu", "--out", str(tmp_path / "o")]
+    sample.main(flags + ["--images", str(tmp_path / "x.png"), "--steps", "2"])
+    assert (data.read_id_png(tmp_path / "o" / "predictions" / "x.png") > 0).mean() > 0.9
+    inpaint.main(flags + ["--image", str(tmp_path / "x.png"), "--mask", str(tmp_path / "m.png"), "--steps", "2"])
+    completed = data.read_id_png(tmp_path / "o" / "x_completed.png")
+    assert (completed[:, :30] == 7).all() and (completed > 0).mean() > 0.9
+    diffusion.main(["--ckpt", str(path), "--data", "shapes", "--size", "32", "--iters", "1", "--batch_size", "2", "--eval_images", "2", "--steps", "1",
+                    "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path / "o")])
+    assert sample.load(tmp_path / "o" / "ldm.pt").scale == 0.25
+
+
+def test_the_authors_autoencoder_checkpoint_is_known_by_its_content(tmp_path, sd_folder):
+    model = ae.Autoencoder(16, "positional", factor=8, width=64)
+    path = save_like_the_release(tmp_path / "a.pt", vae={f"module.{k}": v for k, v in model.state_dict().items()})
+    loaded = ae.load_autoencoder(path)
+    assert loaded.settings == model.settings and not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values()))
+    flags = ["--data", "shapes", "--size", "32", "--iters", "1", "--batch_size", "2", "--eval_images", "2", "--num_workers", "0", "--device", "cpu",
+             "--out", str(tmp_path)]
+    ae.main(flags + ["--ckpt", str(path)])
+    diffusion.main(flags + ["--ae", str(path), "--sd", str(sd_folder), "--steps", "1"])
+    assert sample.load(tmp_path / "ldm.pt").settings["autoencoder"] == model.settings
+
+
+def test_a_checkpoint_runs_nothing_even_in_the_releases_layout(tmp_path, capsys):
+    """A pickle that calls a function when it is read: refused, or loaded with the call left out; never run."""
+    weights = ae.Autoencoder(8, factor=4, width=32).state_dict()
+    for n, (function, *arguments) in enumerate([
+            (os.system, f"touch {tmp_path / 'ran'}"), (subprocess.getoutput, f"touch {tmp_path / 'ran'}"), (open, str(tmp_path / "ran"), "w"),
+            (eval, f"open({str(tmp_path / 'ran')!r}, 'w')")]):
+        class Bomb:
+            def __reduce__(self):
+                return function, tuple(arguments)
+        path = tmp_path / f"{n}.pt"
+        for content in ({"vae": weights, "p": Bomb()}, {"vae": {**weights, "x": Bomb()}, "p": None}):
+            torch.save(content, path)
+            if function is os.system:
+                with pytest.raises(data.BadInput, match="0.pt: not a readable checkpoint"):
+                    ae.load_autoencoder(path)
+            else:
+                assert ae.load_autoencoder(path).num_ids == 8
+    assert not (tmp_path / "ran").exists()
+
+
+def test_files_that_only_resemble_the_release(tmp_path, capsys):
+    weights, content = ae.Autoencoder(8, factor=4, width=32).state_dict(), narrow_release()
+    whole = save_like_the_release(tmp_path / "whole.pt", vae=weights).read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"vae": weights}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_like_the_release(tmp_path / "less.pt", vae={k: v for k, v in weights.items() if k != "encoder.3.bias"})
+    save_like_the_release(tmp_path / "odd.pt", vae={"encoder.0.weight": weights["encoder.0.weight"]})
+    save_like_the_release(tmp_path / "none.pt", vae=None)
+    save_like_the_release(tmp_path / "foreign.pt", model=weights)
+    save_like_the_release(tmp_path / "ldm.pt", **content)
+    for name, words in (("cut.pt", ["not a readable"]), ("legacy.pt", ["not a readable"]), ("less.pt", ["don't fit", "encoder.3.bias"]),
+                        ("odd.pt", ["layout", "decoder.0.weight"]), ("none.pt", ["layout"]), ("foreign.pt", ["not a readable"]), ("ldm.pt", ["'ldm'", "'ae'"])):
+        one_line_error(capsys, ae.main, TINY_AE + ["--ckpt", str(tmp_path / name), "--out", str(tmp_path)], name, *words)
+    save_like_the_release(tmp_path / "less.pt", **{**content, "unet": {k: v for k, v in content["unet"].items() if k != "conv_out.bias"}})
+    save_like_the_release(tmp_path / "part.pt", vae_semseg=weights)
+    for name, words in (("less.pt", ["conv_out.bias"]), ("part.pt", ["layout", "unet"]), ("whole.pt", ["'ae'", "'ldm'"])):
+        one_line_error(capsys, sample.main, ["--ckpt", str(tmp_path / name), "--out", str(tmp_path)], name, *words)
 
 
 def tiny_ldm(trained, **settings):
