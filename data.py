@@ -328,6 +328,11 @@ def open_data(name, split, size=64, seed=0, background="segment"):
     return Shapes(split, size, seed) if name == "shapes" else Folder(name, split, background)
 
 
+def categories_of(source):
+    """A source's categories as plain {id, name, isthing}, as checkpoints keep them; a file that doesn't say has things."""
+    return [{"id": c["id"], "name": str(c.get("name", c["id"])), "isthing": int(c.get("isthing", 1))} for c in source.categories]
+
+
 # --------------------------------------------------------------------------------- what the network is given
 
 
@@ -348,10 +353,11 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def relabel(ids, segments_info, num_ids, rng, min_area=0):
+def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
     """Give segments random distinct ids in 1..num_ids-1 (paper 4.1): H x W ids -> H x W uint8, 0 = void.
 
-    Crowd and segments under min_area pixels become void; of more than num_ids - 1, the largest stay (said once)."""
+    Crowd and segments under min_area pixels become void; of more than num_ids - 1, the largest stay (said once).
+    mapping: a dict that receives the new id of each old one (0: became void)."""
     listed = np.array([s["id"] for s in segments_info if not s.get("iscrowd")], np.int64)
     index = np.zeros(max(ids.max(), listed.max(initial=0)) + 1, np.int32)      # id -> position in `listed`, from 1
     index[listed] = np.arange(1, len(listed) + 1)
@@ -363,6 +369,8 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0):
         kept = kept[np.argsort(-areas[kept], kind="stable")[:num_ids - 1]]
     new = np.zeros(len(listed) + 1, np.uint8)
     new[kept] = rng.permutation(num_ids - 1)[:len(kept)] + 1
+    if mapping is not None:
+        mapping.update(zip(listed.tolist(), new[1:].tolist()))
     return new[compact]
 
 
@@ -379,11 +387,13 @@ class Training(torch.utils.data.Dataset):
 
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
     draws the same one, which makes runs reproducible over workers and resumable in mid-epoch.
-    Gives image (3 x size x size, uint8) and ids (size x size, uint8, 0 = void, others distinct in 1..num_ids-1)."""
+    Gives image (3 x size x size, uint8) and ids (size x size, uint8, 0 = void, others distinct in 1..num_ids-1), and with
+    `classes` the class of each id (num_ids, int64): its category's place in source.categories, -1 where there is none."""
 
-    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10):
+    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False):
         self.source, self.size, self.num_ids, self.seed = source, size, num_ids, seed
         self.flip, self.min_area, self.epoch = flip, min_area, None
+        self.classes = {c["id"]: i for i, c in enumerate(source.categories)} if classes else None
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.source))
@@ -391,11 +401,18 @@ class Training(torch.utils.data.Dataset):
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
         sample = self.source[n if self.source.endless else int(self.order[position])]
         rng = np.random.default_rng((self.seed, 2, n))
-        ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area)
+        new_id = {}
+        ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area, new_id)
         ids, image = resize_ids(ids, self.size, self.size), resize_image(sample["image"], self.size)
         if self.flip and rng.random() < 0.5:
             image, ids = image[:, ::-1], ids[:, ::-1]
-        return to_tensor(image), torch.from_numpy(ids.copy())
+        if self.classes is None:
+            return to_tensor(image), torch.from_numpy(ids.copy())
+        classes = torch.full((self.num_ids,), -1)
+        for s in sample["segments_info"]:
+            classes[new_id.get(s["id"], 0)] = self.classes.get(s.get("category_id"), -1)
+        classes[0] = -1                                                    # void, crowd
+        return to_tensor(image), torch.from_numpy(ids.copy()), classes
 
 
 class Evaluation(torch.utils.data.Dataset):
@@ -413,7 +430,7 @@ class Evaluation(torch.utils.data.Dataset):
 
 
 def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1, num_workers=0):
-    """Iterate over training batches first..last-1: images (B x 3 x S x S, uint8), ids (B x S x S, uint8).
+    """Iterate over training batches first..last-1: images (B x 3 x S x S, uint8), ids (B x S x S, uint8)[, classes (B x N)].
 
     batch_size is global: of each batch, rank r of `world` takes its share, in `accum` pieces."""
     per_rank = batch_size // world

@@ -5,6 +5,7 @@
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 diffusion.py     # on two machines
     python diffusion.py --model small --data shapes       # built-in scenes, from scratch, no download
     python diffusion.py --ckpt checkpoints/ldm.pt --iters 0 --export ldm.pt    # evaluate; write the weights in half precision
+    python diffusion.py --ckpt checkpoints/ldm.pt --classes only --iters 20000 --out checkpoints/classes     # Table 2's classifier
 
 Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alphas_cumprod[j],
     z = scale * E(y)          latent of the id map               B x 4 x h x w
@@ -15,15 +16,19 @@ Needs the autoencoder of stage 1 (--ae). Writes to --out: ldm.pt (last weights; 
 ldm_state.pt (to --resume from), log.jsonl, ldm.png, ldm_loss.png.
 """
 import argparse
+import collections
 import contextlib
 import hashlib
 import math
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
+from torchvision.models.segmentation.deeplabv3 import ASPP
 from tqdm import tqdm
 
 import ae
@@ -177,17 +182,79 @@ def grow_conv_in(unet, in_channels):
     return grown
 
 
+def segment_means(x, ids, count):
+    """Means of x (B x C x h x w) over the pixels of each id 0..count-1 of ids (B x H x W) -> B x count x C, 0 where an id is absent."""
+    h, w = x.shape[2:]
+    row, col = (((torch.arange(n, device=x.device) + 0.5) * cells / n).long() for n, cells in zip(ids.shape[1:], (h, w)))
+    place = ((ids.long() * h + row[:, None]) * w + col).flatten(1)         # B x HW: of which id and in which cell each pixel is
+    pixels = torch.zeros(len(x), count * h * w, device=x.device).scatter_add_(1, place, torch.ones(place.shape, device=x.device))
+    pixels = pixels.view(len(x), count, h * w)
+    return pixels @ x.float().flatten(2).mT / pixels.sum(2, keepdim=True).clamp(min=1)
+
+
+class Classifier(nn.Module):
+    """Labels proposals (paper 4.2, Table 2): DeepLabv3's head gives class logits of the image, their mean over a proposal labels it.
+
+    categories: list of {id, name, isthing}; model: "sd" has a ResNet-50 under the head, "small" a few layers, 0.23 M parameters
+    in all. `forward` is the training loss."""
+
+    def __init__(self, categories, model):
+        super().__init__()
+        self.categories = categories
+        if model == "sd":
+            resnet = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
+            self.backbone = nn.Sequential(collections.OrderedDict(list(resnet.named_children())[:-2]))     # without pooling and fc
+            channels, width, rates = 2048, 256, (12, 24, 36)
+        else:
+            channels, width, rates = 64, 64, (2, 4, 6)
+            layer = lambda c, d, stride: [nn.Conv2d(c, d, 3, stride, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU()]
+            self.backbone = nn.Sequential(*layer(3, 32, 2), *layer(32, channels, 2), *layer(channels, channels, 1))
+        self.head = nn.Sequential(ASPP(channels, rates, width), nn.Conv2d(width, width, 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, len(categories), 1))
+
+    def logits(self, images):
+        """Images (B x 3 x H x W, uint8) -> class logits (B x C x H/8 x W/8; small: H/4 x W/4)."""
+        x = torchvision.transforms.functional.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return self.head(self.backbone(x))
+
+    def forward(self, images, ids, classes):
+        """Cross-entropy of the segments' mean logits: mean over an image's segments, then over images, so that pieces add up.
+
+        images: B x 3 x H x W, uint8; ids: B x H x W; classes: B x N, the class of each id, -1 where there is none."""
+        means = segment_means(self.logits(images), ids, classes.shape[1])  # B x N x C
+        image_of, id_of = ae.segments_of(ids, classes.shape[1])            # K and K
+        losses = F.cross_entropy(means[image_of, id_of], classes[image_of, id_of], ignore_index=-1, reduction="none")
+        return (losses / image_of.bincount()[image_of]).sum() / len(images)
+
+    @torch.no_grad()
+    def label(self, logits, ids, merge=True):
+        """Class logits (C x h x w) and id map (H x W, int32, 0 = void) of an image -> id map and segments_info with category and score.
+
+        merge: proposals of one stuff category become one segment, as COCO's panoptic format has it."""
+        known, where = np.unique(ids, return_inverse=True)
+        where = where.reshape(ids.shape)
+        means = segment_means(logits[None], torch.from_numpy(where[None]).to(logits.device), len(known))[0].cpu()
+        score, best = (t.numpy() for t in means.softmax(1).max(1))         # K each
+        if merge:
+            stuff = np.array([not c["isthing"] for c in self.categories])[best] & (known > 0)
+            first = known[(best[:, None] == np.where(stuff, best, -1)).argmax(1)]
+            return self.label(logits, np.where(stuff, first, known)[where], merge=False)
+        labels = {i: {"category_id": self.categories[c]["id"], "score": round(float(s), 4)} for i, c, s in zip(known, best, score)}
+        return ids, [{**s, **labels[s["id"]]} for s in ae.describe(ids)]
+
+
 class LDM(nn.Module):
     """The whole model: `forward` is the training loss (Algorithm 1), `sample` generates masks (Algorithm 2).
 
-    autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a checkpoint keeps."""
+    autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a checkpoint keeps.
+    classifier: None, or what labels the masks."""
 
-    def __init__(self, autoencoder, image_encoder, unet, settings):
+    def __init__(self, autoencoder, image_encoder, unet, settings, classifier=None):
         super().__init__()
         self.autoencoder, self.image_encoder, self.unet, self.settings = autoencoder.eval(), image_encoder.eval(), unet, settings
         self.autoencoder.requires_grad_(False)
         self.image_encoder.requires_grad_(False)
-        self.scale, self.ddim = settings["latent_scale"], DDIM(settings["prediction"])
+        self.scale, self.ddim, self.classifier = settings["latent_scale"], DDIM(settings["prediction"]), classifier
 
     def encode(self, ids):
         """y (B x H x W ids) -> z (B x 4 x h x w)."""
@@ -205,8 +272,8 @@ class LDM(nn.Module):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
         return self.unet(torch.cat([zj, image_latent, self_cond], 1), j, encoder_hidden_states=None).sample.float()
 
-    def forward(self, images, ids, eps, j, loss_weights, conditioned):
-        """Algorithm 1: the loss of eq. 4, mean over all cells.
+    def forward(self, images, ids, eps, j, loss_weights, conditioned, classes=None):
+        """Algorithm 1: the loss of eq. 4, mean over all cells; with classes (B x N) plus the classifier's loss.
 
         images: B x 3 x H x W, uint8; ids: B x H x W; eps: B x 4 x h x w; j: B, timesteps; loss_weights: T;
         conditioned: B, bool, on the CPU: which samples get the estimate of a first pass (the authors: all; Analog Bits: half)."""
@@ -222,7 +289,8 @@ class LDM(nn.Module):
         output = self.denoise(zj, image_latent, self_cond, j)
         error = (output - self.ddim.target(z, eps, j)).square()            # B x 4 x h x w
         valid = F.interpolate(ids[:, None].float(), size=z.shape[2:], mode="nearest") > 0
-        return (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
+        loss = (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
+        return loss if classes is None else loss + self.classifier(images, ids, classes)
 
     @torch.no_grad()
     def sample(self, image_latent, noise, steps, fresh=None, trace=None):
@@ -240,6 +308,20 @@ class LDM(nn.Module):
             if trace is not None:
                 trace.append(z0)
         return z0
+
+
+def new_classifier(args, categories):
+    """The classifier that a training starts from; --model sd: ResNet-50 with weights of --resnet. Raises BadInput."""
+    classifier = Classifier(categories, args.model)
+    if args.model == "sd" and args.resnet != "none":
+        try:
+            imagenet = torchvision.models.ResNet50_Weights.DEFAULT
+            state = imagenet.get_state_dict(progress=False) if args.resnet == "imagenet" else torch.load(args.resnet, "cpu", weights_only=True)
+            classifier.backbone.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+        except Exception as error:
+            raise BadInput(f"--resnet {args.resnet}: can't be loaded ({str(error).strip().splitlines()[0][:120]}); give a file with torchvision's "
+                           "weights of resnet50, or 'none' to start from random ones") from None
+    return classifier
 
 
 def new_model(args, autoencoder, train_set, about):
@@ -320,7 +402,7 @@ def load_ldm(path):
         else:
             from diffusers import AutoencoderKL
             image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
-        model = LDM(autoencoder, image_encoder, build_unet(s["unet"]), s)
+        model = LDM(autoencoder, image_encoder, build_unet(s["unet"]), s, Classifier(s["categories"], s["model"]) if "categories" in s else None)
         model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
     except (IndexError, RuntimeError, ValueError) as error:
         raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
@@ -333,20 +415,47 @@ def load_ldm(path):
 @torch.no_grad()
 def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5,
              renoise=False):
-    """Class-agnostic PQ of sampling a held-out set, and picture rows: image, sample, truth."""
+    """Class-agnostic PQ of sampling a held-out set, and picture rows: image, sample, truth.
+
+    A model with a classifier of the set's categories also gets PQ over them (pq_classes, pq_things, pq_stuff; the whole
+    result in `classes`) and label_accuracy, the share of the matched segments that are labelled rightly."""
     model.eval()
-    quality, rows = pq.PanopticQuality(), []
+    quality, rows, classifier = pq.PanopticQuality(), [], model.classifier
+    if classifier and not all(c in classifier.categories for c in data.categories_of(dataset.source)):
+        data.say_once("note: the categories of this data are not those of the checkpoint's classifier: class-agnostic PQ only")
+        classifier = None
+    by_class = [pq.PanopticQuality(classifier.categories) for _ in range(2)] if classifier else []
     for samples in data.evaluation_batches(dataset, batch_size, rank, world, num_workers):
-        image_latent = model.encode_image(torch.stack([s["input"] for s in samples]).to(device))
+        inputs = torch.stack([s["input"] for s in samples]).to(device)
+        image_latent, class_logits = model.encode_image(inputs), classifier.logits(inputs) if classifier else [None] * len(inputs)
         place = [s["image_id"] for s in samples], (4, *image_latent.shape[2:]), device
         z0 = model.sample(image_latent, image_noise(seed, *place), steps, fresh_noise(seed, *place) if renoise else None)
-        for s, logits in zip(samples, model.decode(z0)):
+        for s, logits, scores in zip(samples, model.decode(z0), class_logits):
             found = ae.postprocess(logits, *s["ids"].shape, threshold, model.settings["min_area"])
             quality.update(s["ids"], s["segments_info"], found, ae.describe(found), str(s["file_name"]))
+            for labelled, merge in zip(by_class, (False, True)):           # proposals as they are, and the panoptic format
+                labelled.update(s["ids"], s["segments_info"], *classifier.label(scores, found, merge), str(s["file_name"]))
             if len(rows) < 6:
                 rows.append([s["image"], data.overlay(s["image"], found), data.overlay(s["image"], s["ids"])])
-    quality.state = ae.reduce_sum(quality.state, device)
-    return quality.result()["All"], rows
+    for q in (quality, *by_class):
+        q.state = ae.reduce_sum(q.state, device)
+    result = quality.result()["All"]
+    if classifier:
+        proposals, panoptic = by_class
+        classes = panoptic.result()
+        result.update({f"pq_{k}": classes[group]["pq"] for k, group in (("classes", "All"), ("things", "Things"), ("stuff", "Stuff"))},
+                      label_accuracy=proposals.counts[:, 0].sum() / max(quality.counts[0, 0], 1), classes=classes)
+    return result, rows
+
+
+def percent(result):
+    """The figures of `evaluate` in percent, for JSON."""
+    return {k: 100 * float(v) for k, v in result.items() if k not in ("n", "classes")}
+
+
+def class_table(result):
+    """What `evaluate` found with classes, as lines of text."""
+    return f"with classes:\n{pq.table(result['classes'])}\n{100 * result['label_accuracy']:.1f}% of the matched segments are labelled rightly"
 
 
 @data.command
@@ -367,6 +476,9 @@ def main(argv=None):
     add("--clip", type=data.amount, help="largest gradient norm (default 1)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
     add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
+    add("--classes", choices=["with", "only"], help="also train the classifier of Table 2: with the UNet, or only it, the rest of --ckpt frozen")
+    add("--resnet", default="imagenet", metavar="FILE", help="a new classifier of --model sd: its ResNet-50's weights, 'imagenet' downloads "
+        "them, 'none' is random (default %(default)s)")
     add("--export", metavar="FILE", help="at the end also write the weights in half precision")
     parser.set_defaults(weight_decay=None)
     args = ae.parse(parser, MODELS, argv, "ldm")
@@ -375,6 +487,10 @@ def main(argv=None):
     device, rank, world = ae.setup(args)
     args.accum = args.accum or (-(-args.batch_size // (32 * world)) if args.model == "sd" else 1)   # the authors' 32 a GPU
     ae.check_batch(args, world)
+    if args.classes == "only" and not args.ckpt:
+        raise BadInput("--classes only: labels the masks of a trained model; give it with --ckpt")
+    if args.classes and args.batch_size < 2 * world * args.accum:          # batch norm
+        raise BadInput(f"--batch_size {args.batch_size}: --classes needs two images or more at a time")
     precision = ae.pick_precision(args.precision, device)
     out = Path(args.out)
 
@@ -389,7 +505,8 @@ def main(argv=None):
     if args.size % (4 * autoencoder.factor):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor} for this autoencoder")
     source = lambda split: data.open_data(args.data, split, args.size, args.seed, args.background)
-    train_set = data.Training(source(args.train_split), args.size, autoencoder.num_ids, args.seed, min_area=args.min_segment)
+    train_set = data.Training(source(args.train_split), args.size, autoencoder.num_ids, args.seed, min_area=args.min_segment,
+                              classes=bool(args.classes))
     val_set = data.Evaluation(source(args.val_split), args.size, args.eval_images)
 
     # the model
@@ -400,24 +517,35 @@ def main(argv=None):
         for name in ("model", "prediction", "latent_scale"):
             if getattr(args, name) not in (None, model.settings[name]):
                 raise BadInput(f"--{name} {getattr(args, name)}: the model of --ckpt has {model.settings[name]}")
+        if args.classes == "only":
+            about.pop("self_cond")                                         # stays as the UNet was trained
         model.settings.update(about)
     else:
         model = new_model(args, autoencoder, train_set, about)
+    categories = data.categories_of(train_set.source)
+    if args.classes and not categories:
+        raise BadInput(f"--classes: {args.data} lists no categories")
+    if args.classes and model.settings.get("categories") != categories:
+        model.settings["categories"], model.classifier = categories, new_classifier(args, categories)
+    if model.classifier:
+        model.classifier.requires_grad_(bool(args.classes))
+    model.unet.requires_grad_(args.classes != "only")
     if model.settings["model"] == "sd":
         model.unet.time_embedding.requires_grad_(False)                    # frozen, as in the authors' release
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    model = model.to(device, memory_format=torch.channels_last)
-    model.unet.train()
-    weights = [p for p in model.unet.parameters() if p.requires_grad]
+    model = model.to(device, memory_format=torch.channels_last).train()
+    weights = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights] if args.ema else []     # EMA
-    norms = {id(p) for m in model.unet.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm)) for p in m.parameters()}
+    norms = {id(p) for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)) for p in m.parameters()}
     optimizer = torch.optim.AdamW([{"params": [p for p in weights if id(p) not in norms]},
                                    {"params": [p for p in weights if id(p) in norms], "weight_decay": 0.0}],
                                   lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                              broadcast_buffers=False) if world > 1 else model
+    ddp = model.classifier if args.classes == "only" else model
+    if world > 1:
+        ddp = nn.parallel.DistributedDataParallel(ddp, device_ids=[device.index] if device.type == "cuda" else None,
+                                                  broadcast_buffers=bool(args.classes))    # batch norm's
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)
 
     start, best, losses, skipped = 0, -1.0, [], torch.zeros(2, device=device)
@@ -426,6 +554,8 @@ def main(argv=None):
         model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
         model.autoencoder.load_state_dict(state["autoencoder"])
         model.unet.load_state_dict(state["unet"])
+        if model.classifier:
+            model.classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         average = [a.to(device) for a in state["average"]]
@@ -442,7 +572,9 @@ def main(argv=None):
         return {"kind": "ldm", "settings": model.settings, "weights": {k: v.to("cpu", dtype) for k, v in model.state_dict().items()}}
 
     if is_main():
-        print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, "
+        size_of = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters"
+        print(f"stage 2: UNet {size_of(model.unet)}{' (frozen)' * (args.classes == 'only')}, "
+              f"{f'classifier {size_of(model.classifier)}, ' if args.classes else ''}{args.data}, {args.size} px, "
               f"latent scale {model.scale:.4f}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world
@@ -467,13 +599,13 @@ def main(argv=None):
             group["lr"] = ae.learning_rate(it, args)
         ae.seed_iteration(args.seed, it, rank)
         for k in range(args.accum):
-            images, ids = (t.to(device, non_blocking=True) for t in next(batches))
+            images, ids, *classes = (t.to(device, non_blocking=True) for t in next(batches))
             latent = (len(ids), 4, args.size // autoencoder.factor, args.size // autoencoder.factor)
             eps, j = torch.randn(latent, device=device), torch.randint(0, model.ddim.T, (len(ids),), device=device)
             place = torch.arange(len(ids)) + rank * per_process + k * len(ids)       # in the global batch
             conditioned = ((place + 1) * args.self_cond).floor() > (place * args.self_cond).floor()
             with contextlib.nullcontext() if k == args.accum - 1 or world == 1 else ddp.no_sync(), ae.autocast(precision, device):
-                loss = ddp(images, ids, eps, j, loss_weights, conditioned)
+                loss = ddp(images, ids, *classes) if args.classes == "only" else ddp(images, ids, eps, j, loss_weights, conditioned, *classes)
             scaler.scale(loss / args.accum).backward()
             running.append(loss.detach())                                  # read late: no waiting for the device here
         scaler.unscale_(optimizer)
@@ -496,13 +628,13 @@ def main(argv=None):
             swap_ema()
             result, rows = validate()
             if is_main():
-                ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, val_pq=100 * result["pq"], val_steps=args.steps)
+                ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, val_steps=args.steps, **{f"val_{k}": v for k, v in percent(result).items()})
                 data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
-                if result["pq"] > best:
-                    best = result["pq"]
+                if result.get("pq_classes", result["pq"]) > best:
+                    best = result.get("pq_classes", result["pq"])
                     ae.save(out / "ldm_best.pt", checkpoint())
             swap_ema()
-            model.unet.train()
+            model.train()
             clock, seen = time.time(), 0
         stopped = stop()
         if (it + 1) % args.save_every == 0 or done or stopped:
@@ -514,7 +646,8 @@ def main(argv=None):
                 ae.save(out / "ldm_state.pt", {
                     "kind": "ldm_state", "flags": ae.flags(args), "settings": model.settings, "autoencoder": model.autoencoder.state_dict(),
                     "unet": model.unet.state_dict(), "average": average, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "iteration": it + 1, "best": best, "losses": losses, "skipped": skipped.tolist()})
+                    "classifier": model.classifier and model.classifier.state_dict(), "iteration": it + 1, "best": best, "losses": losses,
+                    "skipped": skipped.tolist()})
         if stopped:
             progress.close()
             stop.leave(out / "ldm_state.pt", it + 1)
@@ -528,13 +661,15 @@ def main(argv=None):
     if is_main():
         print(f"sampling {len(val_set)} {args.val_split} images with {args.steps} steps: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  "
               f"RQ {100 * result['rq']:.1f} -> {out / 'ldm.png'}")
+        if "classes" in result:
+            print(class_table(result))
         if start < args.iters:
             entries = ae.read_log(out / "log.jsonl", "ldm")
             curve = lambda key: zip(*[(e["iteration"], e[key]) for e in entries if key in e])
             data.plot(out / "ldm_loss.png", {"loss": curve("loss")}, "iteration", "loss", log_y=True)
             data.plot(out / "ldm_pq.png", {"validation PQ": curve("val_pq")}, "iteration", "PQ")
         if args.json:
-            data.write_json(args.json, {"images": len(val_set), **{k: 100 * result[k] for k in ("pq", "sq", "rq")}})
+            data.write_json(args.json, {"images": len(val_set), **percent(result)})
         if args.export:
             ae.save(args.export, checkpoint(torch.float16))
             print(f"wrote {args.export} ({Path(args.export).stat().st_size / 1e6:.1f} MB)")

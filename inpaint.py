@@ -119,7 +119,8 @@ def complete_file(model, args, out):
     ids = back[ids]
     stem, out_ids = Path(args.image).stem, out / f"{Path(args.image).stem}_completed.png"
     data.write_id_png(out_ids, ids)
-    data.write_json(out / f"{stem}_completed.json", {"file_name": out_ids.name, "segments_info": ae.describe(ids)})
+    segments_info = sample.label_batch(model, [image], [ids], merge=False)[0][1]
+    data.write_json(out / f"{stem}_completed.json", {"file_name": out_ids.name, "segments_info": segments_info})
     row = [image, data.colorize(given), data.colorize(ids), data.overlay(image, ids)]
     data.picture(out / f"{stem}_inpaint.png", [row], ["image", "given", "completion", "overlay"], cell=256)
     added = len(set(np.unique(ids).tolist()) - {0, *known})

@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 sample.py                 # evaluate on eight GPUs
 
 Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. Here are its inputs and outputs.
+With a classifier in the checkpoint (diffusion.py --classes) segments have categories, and PQ is printed with and without them.
 From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(model, Image.open("photo.jpg"))
 Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
 """
@@ -57,13 +58,25 @@ def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=
     return [ae.postprocess(l, *image.shape[:2], threshold, model.settings["min_area"]) for l, image in zip(logits, images)]
 
 
+@torch.no_grad()
+def label_batch(model, images, found, merge=True):
+    """Id maps of images (both lists, as `segment_batch` takes and gives them) -> list of id map, segments_info.
+
+    With a classifier segments have their category_id and score, and with `merge` those of one stuff category become one;
+    without one they are all objects (category 1)."""
+    if model.classifier is None:
+        return [(ids, ae.describe(ids)) for ids in found]
+    inputs = torch.stack([data.to_tensor(data.resize_image(image, model.settings["size"])) for image in images])
+    logits = model.classifier.logits(inputs.to(next(model.parameters()).device))
+    return [model.classifier.label(l, ids, merge) for l, ids in zip(logits, found)]
+
+
 def segment(model, image, steps=50, seed=0, threshold=0.5, renoise=False):
-    """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format.
+    """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format (`label_batch`).
 
     threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
     array = data.to_rgb(ImageOps.exif_transpose(image))
-    ids = segment_batch(model, [array], [""], steps, seed, threshold, renoise)[0]
-    return ids, ae.describe(ids)
+    return label_batch(model, [array], segment_batch(model, [array], [""], steps, seed, threshold, renoise))[0]
 
 
 def find_images(path):
@@ -103,18 +116,20 @@ def predict_files(model, files, out, args, rank, world):
                 broken.append(str(error))
         if not batch:
             continue
-        found = segment_batch(model, [i for _, i in batch], [f.stem for f, _ in batch], args.steps[-1], args.seed, args.threshold, args.renoise)
-        for (file, image), ids in zip(batch, found):
+        pictures = [i for _, i in batch]
+        found = segment_batch(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.threshold, args.renoise)
+        for (file, image), (ids, segments_info) in zip(batch, label_batch(model, pictures, found)):
             data.write_id_png(out / "predictions" / f"{file.stem}.png", ids)
             Image.fromarray(data.overlay(image, ids)).save(out / "overlays" / f"{file.stem}.png")
             images.append({"id": image_id(file), "file_name": file.name, "height": ids.shape[0], "width": ids.shape[1]})
-            annotations.append({"image_id": image_id(file), "file_name": f"{file.stem}.png", "segments_info": ae.describe(ids)})
+            annotations.append({"image_id": image_id(file), "file_name": f"{file.stem}.png", "segments_info": segments_info})
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, (images, annotations, broken))
         images, annotations, broken = (sum((g[i] for g in gathered), []) for i in range(3))
     if is_main():
-        data.write_json(out / "predictions.json", {"images": images, "annotations": annotations, "categories": pq.OBJECT})
+        data.write_json(out / "predictions.json", {"images": images, "annotations": annotations,
+                                                 "categories": model.classifier.categories if model.classifier else pq.OBJECT})
     return broken
 
 
@@ -192,11 +207,13 @@ def main(argv=None):
             result, rows = diffusion.evaluate(model, dataset, device, steps, args.seed, args.batch_size, rank, world,
                                               args.num_workers, args.threshold, args.renoise)
         seconds = (time.time() - began) / len(dataset)
-        results[steps] = {**{k: 100 * result[k] for k in ("pq", "sq", "rq")}, "images": len(dataset), "seconds_per_image": seconds}
+        results[steps] = {**diffusion.percent(result), "images": len(dataset), "seconds_per_image": seconds}
         if is_main():
             r = results[steps]
             print(f"{steps:6}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}{r['seconds_per_image']:10.3f}", flush=True)
     if is_main():
+        if "classes" in result:
+            print(diffusion.class_table(result))
         data.picture(out / "sample.png", rows, ["image", "sample", "truth"])
         if len(results) > 1:
             curves = {k.upper(): (list(results), [r[k] for r in results.values()]) for k in ("pq", "sq", "rq")}
