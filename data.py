@@ -568,6 +568,13 @@ def overlay(image, ids):
     return mixed
 
 
+def fit(array, side):
+    """An H x W x 3 uint8 array enlarged or shrunk until its longer side is `side` pixels."""
+    tile = Image.fromarray(array)
+    scale = side / max(tile.size)
+    return np.asarray(tile.resize([max(1, round(s * scale)) for s in tile.size], Image.NEAREST if scale > 1 else Image.BICUBIC))
+
+
 def picture(path, rows, captions=(), cell=160, notes=()):
     """Write rows of H x W x 3 uint8 arrays as one PNG, with a caption over each column and a note beside each row."""
     top, right = (18 if captions else 0), (max(len(n) for n in notes) * 7 + 6 if notes else 0)
@@ -577,10 +584,7 @@ def picture(path, rows, captions=(), cell=160, notes=()):
         draw.text((c * (cell + 4) + 2, 1), caption, "black", font)
     for r, row in enumerate(rows):
         for c, array in enumerate(row):
-            tile = Image.fromarray(array)
-            scale = cell / max(tile.size)
-            tile = tile.resize([max(1, round(s * scale)) for s in tile.size], Image.NEAREST if scale > 1 else Image.BICUBIC)
-            sheet.paste(tile, (c * (cell + 4), top + r * (cell + 4)))
+            sheet.paste(Image.fromarray(fit(array, cell)), (c * (cell + 4), top + r * (cell + 4)))
         if notes:
             draw.text((sheet.width - right + 4, top + r * (cell + 4) + cell // 2), notes[r], "black", font)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -412,10 +412,13 @@ def load_ldm(path):
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
+COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
+
+
 @torch.no_grad()
 def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5,
              renoise=False):
-    """Class-agnostic PQ of sampling a held-out set, and picture rows: image, sample, truth.
+    """Class-agnostic PQ of sampling a held-out set, and picture rows of `COLUMNS`.
 
     A model with a classifier of the set's categories also gets PQ over them (pq_classes, pq_things, pq_stuff; the whole
     result in `classes`) and label_accuracy, the share of the matched segments that are labelled rightly."""
@@ -436,7 +439,8 @@ def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1
             for labelled, merge in zip(by_class, (False, True)):           # proposals as they are, and the panoptic format
                 labelled.update(s["ids"], s["segments_info"], *classifier.label(scores, found, merge), str(s["file_name"]))
             if len(rows) < 6:
-                rows.append([s["image"], data.overlay(s["image"], found), data.overlay(s["image"], s["ids"])])
+                raw = ae.postprocess(logits, *s["ids"].shape, 0)
+                rows.append([s["image"], *(data.overlay(s["image"], ids) for ids in (raw, found, s["ids"]))])
     for q in (quality, *by_class):
         q.state = ae.reduce_sum(q.state, device)
     result = quality.result()["All"]
@@ -629,7 +633,7 @@ def main(argv=None):
             result, rows = validate()
             if is_main():
                 ae.log(out / "log.jsonl", stage="ldm", iteration=it + 1, val_steps=args.steps, **{f"val_{k}": v for k, v in percent(result).items()})
-                data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
+                data.picture(out / "ldm.png", rows, COLUMNS)
                 if result.get("pq_classes", result["pq"]) > best:
                     best = result.get("pq_classes", result["pq"])
                     ae.save(out / "ldm_best.pt", checkpoint())
@@ -657,7 +661,7 @@ def main(argv=None):
     if result is None:
         result, rows = validate()
         if is_main():
-            data.picture(out / "ldm.png", rows, ["image", "sample", "truth"])
+            data.picture(out / "ldm.png", rows, COLUMNS)
     if is_main():
         print(f"sampling {len(val_set)} {args.val_split} images with {args.steps} steps: PQ {100 * result['pq']:.1f}  SQ {100 * result['sq']:.1f}  "
               f"RQ {100 * result['rq']:.1f} -> {out / 'ldm.png'}")

@@ -2,7 +2,9 @@
 
     python sample.py                                      # evaluate on the split that the checkpoint names: PQ, SQ, RQ
     python sample.py --steps 5 10 20 50                   # a table over sampling steps (paper: Fig. 9, left)
+    python sample.py --seeds 0 1 2 3                      # several seeds side by side, and where they agree (Fig. 10)
     python sample.py --images photo.jpg                   # segment any picture, or a folder of them
+    python sample.py --images photo.jpg --trajectory      # also how the masks come into being: strip and GIF (Fig. S4)
     torchrun --nproc_per_node=8 sample.py                 # evaluate on eight GPUs
 
 Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. Here are its inputs and outputs.
@@ -11,10 +13,12 @@ From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(
 Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
 """
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
@@ -43,18 +47,23 @@ def load(path=None, device="cpu"):
 
 
 @torch.no_grad()
-def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False):
-    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void).
+def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=None):
+    """Algorithm 2 on H x W x 3 uint8 images of any sizes: logits over ids, B x N x 4h x 4w, and the noise, B x 4 x h x w.
 
     keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch.
-    renoise: draw the noise anew at each step instead of the paper's deterministic DDIM."""
+    renoise: draw the noise anew at each step instead of the paper's deterministic DDIM. trace: as in `LDM.sample`."""
     device, size = next(model.parameters()).device, model.settings["size"]
     inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
     image_latent = model.encode_image(inputs)                              # B x c x h x w
     place = keys, (4, *image_latent.shape[2:]), device
     fresh = diffusion.fresh_noise(seed, *place) if renoise else None
-    z0 = model.sample(image_latent, diffusion.image_noise(seed, *place), steps, fresh)
-    logits = model.decode(z0)                                              # B x N x 4h x 4w
+    noise = diffusion.image_noise(seed, *place)
+    return model.decode(model.sample(image_latent, noise, steps, fresh, trace)), noise
+
+
+def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False):
+    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void). Parameters: `sample_logits`."""
+    logits, _ = sample_logits(model, images, keys, steps, seed, renoise)
     return [ae.postprocess(l, *image.shape[:2], threshold, model.settings["min_area"]) for l, image in zip(logits, images)]
 
 
@@ -77,6 +86,56 @@ def segment(model, image, steps=50, seed=0, threshold=0.5, renoise=False):
     threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
     array = data.to_rgb(ImageOps.exif_transpose(image))
     return label_batch(model, [array], segment_batch(model, [array], [""], steps, seed, threshold, renoise))[0]
+
+
+def agreement(maps):
+    """How far several id maps (H x W) of one image agree, per pixel: H x W floats in 0..1.
+
+    The mean, over all pairs of maps, of the IoU of the two segments that the pixel lies in; void agrees with nothing."""
+    total, pairs = 0, list(itertools.combinations(maps, 2))
+    for a, b in pairs:
+        inter = np.bincount((a.astype(np.int64) * (b.max() + 1) + b).ravel(), minlength=(a.max() + 1) * (b.max() + 1)).reshape(a.max() + 1, -1)
+        iou = inter / np.maximum(inter.sum(1)[:, None] + inter.sum(0)[None] - inter, 1)
+        iou[0], iou[:, 0] = 0, 0
+        total = total + iou[a, b]
+    return total / len(pairs)
+
+
+def compare_seeds(model, dataset, args, out):
+    """Fig. 10: sample each image with every seed. PQ by seed, the seeds' mean agreement, and out/seeds.png.
+
+    The sheet shows for each image the decoded noise of every seed, and under it what was sampled from it and the agreement."""
+    quality, rows, agreed = {seed: pq.PanopticQuality() for seed in args.seeds}, [], []
+    for samples in tqdm(data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers), unit="batch"):
+        images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
+        found, noises = {}, {}
+        for seed in args.seeds:
+            logits, noise = sample_logits(model, images, keys, args.steps[-1], seed, args.renoise)
+            found[seed] = [ae.postprocess(l, *i.shape[:2], args.threshold, model.settings["min_area"]) for l, i in zip(logits, images)]
+            noises[seed] = [ae.postprocess(l, *i.shape[:2], 0) for l, i in zip(model.decode(noise), images)]
+        for k, s in enumerate(samples):
+            for seed in args.seeds:
+                quality[seed].update(s["ids"], s["segments_info"], found[seed][k], ae.describe(found[seed][k]), str(s["file_name"]))
+            certain = agreement([f[k] for f in found.values()])
+            agreed.append(certain.mean())
+            if len(rows) < 8:
+                gray = np.repeat((255 * certain).astype(np.uint8)[..., None], 3, 2)
+                rows += [[s["image"], *(data.colorize(n[k]) for n in noises.values())], [gray, *(data.overlay(s["image"], f[k]) for f in found.values())]]
+    data.picture(out / "seeds.png", rows, ["image, agreement"] + [f"noise, sample {seed}" for seed in args.seeds])
+    return {seed: {k: 100 * q.result()["All"][k] for k in ("pq", "sq", "rq")} for seed, q in quality.items()}, float(np.mean(agreed))
+
+
+def draw_trajectory(model, images, keys, args, out):
+    """Fig. S4: the estimate of z^0 after each step, decoded: out/trajectory.png (up to eight steps) and out/trajectory.gif (all)."""
+    trace, timesteps = [], model.ddim.timesteps(args.steps[-1])
+    sample_logits(model, images, keys, args.steps[-1], args.seed, args.renoise, trace)
+    decoded = [[data.overlay(image, ae.postprocess(l, *image.shape[:2], 0)) for image, l in zip(images, model.decode(z0))] for z0 in trace]
+    shown = sorted({round(i) for i in np.linspace(0, len(trace) - 1, 8)})
+    data.picture(out / "trajectory.png", [[image, *(decoded[i][k] for i in shown)] for k, image in enumerate(images)],
+                 ["image"] + [f"j = {timesteps[i]}" for i in shown])
+    frames = [Image.fromarray(np.concatenate([data.fit(np.concatenate([image, d], 1), 320) for image, d in zip(images, step)])) for step in decoded]
+    frames[0].save(out / "trajectory.gif", save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [2000], loop=0)
+    print(f"-> {out / 'trajectory.png'}, {out / 'trajectory.gif'}")
 
 
 def find_images(path):
@@ -105,7 +164,7 @@ def predict_files(model, files, out, args, rank, world):
     A picture that can't be read is named and left out; the list of those is returned."""
     (out / "predictions").mkdir(parents=True, exist_ok=True)
     (out / "overlays").mkdir(exist_ok=True)
-    images, annotations, broken = [], [], []
+    images, annotations, broken, rows = [], [], [], []
     mine = files[rank::world]
     for start in tqdm(range(0, len(mine), args.batch_size), disable=not is_main(), unit="batch"):
         batch = []
@@ -117,8 +176,11 @@ def predict_files(model, files, out, args, rank, world):
         if not batch:
             continue
         pictures = [i for _, i in batch]
-        found = segment_batch(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.threshold, args.renoise)
-        for (file, image), (ids, segments_info) in zip(batch, label_batch(model, pictures, found)):
+        logits, _ = sample_logits(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.renoise)
+        found = [ae.postprocess(l, *i.shape[:2], args.threshold, model.settings["min_area"]) for l, i in zip(logits, pictures)]
+        for l, (file, image), (ids, segments_info) in zip(logits, batch, label_batch(model, pictures, found)):
+            if len(rows) < 6:
+                rows.append([image, data.overlay(image, ae.postprocess(l, *ids.shape, 0)), data.overlay(image, ids)])
             data.write_id_png(out / "predictions" / f"{file.stem}.png", ids)
             Image.fromarray(data.overlay(image, ids)).save(out / "overlays" / f"{file.stem}.png")
             images.append({"id": image_id(file), "file_name": file.name, "height": ids.shape[0], "width": ids.shape[1]})
@@ -128,6 +190,8 @@ def predict_files(model, files, out, args, rank, world):
         dist.all_gather_object(gathered, (images, annotations, broken))
         images, annotations, broken = (sum((g[i] for g in gathered), []) for i in range(3))
     if is_main():
+        if rows:
+            data.picture(out / "sample.png", rows, ["image", "argmax", "over threshold"], cell=256)
         data.write_json(out / "predictions.json", {"images": images, "annotations": annotations,
                                                  "categories": model.classifier.categories if model.classifier else pq.OBJECT})
     return broken
@@ -172,12 +236,16 @@ def main(argv=None):
     sampling_flags(parser, renoise=False)
     parser.add_argument("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
     parser.add_argument("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
+    parser.add_argument("--seeds", type=data.natural, nargs="+", metavar="SEED", help="two or more: compare what these seeds give")
+    parser.add_argument("--trajectory", action="store_true", help="also draw the estimates of z^0 of the first four images over the steps")
     args = parser.parse_args(argv)
     for steps in args.steps:
         diffusion.DDIM().timesteps(steps)
     files = find_images(args.images) if args.images else None
-    if files and len(args.steps) > 1:
-        raise BadInput("--steps: one number with --images; several are for evaluating")
+    if (files or args.seeds) and len(args.steps) > 1:
+        raise BadInput("--steps: one number with --images or --seeds; several are for evaluating")
+    if args.seeds and (files or len(set(args.seeds)) < 2):
+        raise BadInput("--seeds: two or more different ones, to compare on a split (not with --images)")
     device, rank, world = ae.setup(args)
     model, out = open_model(args, device), Path(args.out)
     precision = ae.pick_precision(args.precision, device)
@@ -193,12 +261,33 @@ def main(argv=None):
                   f"{out / 'predictions.json'}, {out / 'predictions'}, {out / 'overlays'}")
             if args.json:
                 data.write_json(args.json, {"images": done, "seconds_per_image": seconds})
+            if args.trajectory:
+                with ae.autocast(precision, device):
+                    shown = [(data.read_image(f, upright=True), f.stem) for f in files[:4]]
+                    draw_trajectory(model, *zip(*shown), args, out)
         ae.leave()
         if broken:
             raise BadInput(f"{len(broken)} of {len(files)} pictures left out, the first: {broken[0]}")
         return
 
     dataset, results = open_split(model, args), {}
+    if args.trajectory and is_main():
+        with ae.autocast(precision, device):
+            first = [dataset[i] for i in range(min(4, len(dataset)))]
+            draw_trajectory(model, [s["image"] for s in first], [s["image_id"] for s in first], args, out)
+    if args.seeds:
+        if world > 1:
+            raise BadInput("--seeds: compares in one process; start it without torchrun")
+        with ae.autocast(precision, device):
+            by_seed, agreed = compare_seeds(model, dataset, args, out)
+        print(f"{len(dataset)} images, {args.steps[-1]} steps\n{'seed':>6}{'PQ':>7}{'SQ':>7}{'RQ':>7}")
+        for seed, r in by_seed.items():
+            print(f"{seed:6}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}")
+        mean = {k: float(np.mean([r[k] for r in by_seed.values()])) for k in ("pq", "sq", "rq")}
+        print(f"mean agreement of the seeds {agreed:.3f} (1: the same segments everywhere) -> {out / 'seeds.png'}")
+        if args.json:
+            data.write_json(args.json, {**mean, "agreement": agreed, "by_seed": by_seed, "images": len(dataset)})
+        return
     if is_main():
         print(f"{len(dataset)} images, seed {args.seed}, {device.type}, {precision}\n{'steps':>6}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'s/image':>10}")
     for steps in args.steps:
@@ -214,10 +303,12 @@ def main(argv=None):
     if is_main():
         if "classes" in result:
             print(diffusion.class_table(result))
-        data.picture(out / "sample.png", rows, ["image", "sample", "truth"])
+        data.picture(out / "sample.png", rows, diffusion.COLUMNS)
         if len(results) > 1:
             curves = {k.upper(): (list(results), [r[k] for r in results.values()]) for k in ("pq", "sq", "rq")}
             data.plot(out / "sample_steps.png", curves, "sampling steps", "percent")
+            data.plot(out / "sample_seconds.png", {"seconds an image": (list(results), [r["seconds_per_image"] for r in results.values()])},
+                      "sampling steps", "seconds an image")
         print(f"-> {out / 'sample.png'}")
         if args.json:
             data.write_json(args.json, {**results[args.steps[-1]], "by_steps": results})

@@ -948,6 +948,29 @@ def test_sample_segments_any_pictures_and_pq_reads_them_back(tmp_path, trained, 
     assert "100.0  100.0  100.0" in capsys.readouterr().out
 
 
+def test_agreement_by_hand():
+    a = np.array([[1, 1, 2, 2]])
+    assert np.array_equal(sample.agreement([a, a * 3, 7 - a]), np.ones((1, 4)))                # other ids, the same segments
+    b = np.array([[5, 5, 5, 0]])
+    assert np.allclose(sample.agreement([a, b]), [[2 / 3, 2 / 3, 1 / 4, 0]])                   # void agrees with nothing
+    assert np.allclose(sample.agreement([a, a, b]), (1 + 2 * np.array([[2 / 3, 2 / 3, 1 / 4, 0]])) / 3)
+
+
+def test_seeds_are_compared_and_the_trajectory_is_drawn(tmp_path, trained, capsys):
+    flags = ["--ckpt", str(trained / "ldm.pt"), "--limit", "3", "--steps", "4", "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path)]
+    sample.main(flags + ["--seeds", "0", "7", "--trajectory", "--threshold", "0", "--min_area", "0", "--json", str(tmp_path / "s.json")])
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert set(result["by_seed"]) == {"0", "7"} and 0 <= result["agreement"] <= 1 and result["images"] == 3
+    with Image.open(tmp_path / "seeds.png") as sheet, Image.open(tmp_path / "trajectory.gif") as movie:
+        assert sheet.size == (3 * 164, 18 + 6 * 164) and movie.n_frames == 4 and movie.size == (320, 3 * 160)
+    one_line_error(capsys, sample.main, flags + ["--seeds", "1", "1"], "--seeds")
+    # pictures of any size take part as well
+    Image.fromarray(np.arange(40 * 90 * 3, dtype=np.uint8).reshape(40, 90, 3)).save(tmp_path / "wide.png")
+    sample.main(flags + ["--images", str(tmp_path / "wide.png"), "--trajectory"])
+    with Image.open(tmp_path / "trajectory.gif") as movie, Image.open(tmp_path / "sample.png") as sheet:
+        assert movie.size == (320, 71) and sheet.size == (3 * 260, 18 + 260)
+
+
 def test_inpaint_evaluates_drops_and_sweeps(tmp_path, trained, capsys):
     flags = ["--ckpt", str(trained / "ldm.pt"), "--limit", "3", "--steps", "2", "--num_workers", "0", "--out", str(tmp_path), "--json", str(tmp_path / "r.json"), "--device", "cpu"]
     inpaint.main(flags + ["--drop", "0", "--block", "8"])
