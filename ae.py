@@ -4,11 +4,13 @@
     torchrun --nproc_per_node=8 ae.py                     # the same on eight GPUs (several nodes: torchrun's own flags)
     python ae.py --model small --data shapes              # built-in scenes, minutes on a laptop
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
+    python ae.py --ckpt checkpoints/ae.pt --drop_input    # teach its encoder to read partial maps, for inpaint.py --ae (3.3)
 
 Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor, y_hat = D(z) logits.
 Writes to --out: ae.pt (last weights), ae_best.pt, ae_state.pt (to --resume from), log.jsonl, ae.png, ae_loss.png.
 """
 import contextlib
+import copy
 import json
 import math
 import os
@@ -161,6 +163,18 @@ def segmentation_losses(logits, ids, ce_points, mask_points):
 def kl_loss(mean, logvar):
     """KL of the latent's Gaussian from N(0, I): summed over channels and cells and the batch (Fig. 9's ablation)."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum()
+
+
+def drop_input(ids):
+    """Partial maps to train an encoder on: of each id map (B x H x W) a random share of a random grid's blocks becomes 0.
+
+    The share is 0..0.95, and 0 for a quarter of the maps, so that full maps keep their latents."""
+    dropped = ids.clone()
+    for y in dropped:                                                      # H x W
+        rate, block = 1.25 * torch.rand(1).item() - 0.3, 2 ** torch.randint(0, int(math.log2(len(y))) - 2, (1,)).item()
+        grid = torch.rand(1, 1, -(-y.shape[0] // block), -(-y.shape[1] // block), device=y.device)
+        y[F.interpolate(grid, scale_factor=block)[0, 0, :y.shape[0], :y.shape[1]] < rate] = 0
+    return dropped
 
 
 # --------------------------------------------------------------------------- from logits to a segmentation
@@ -383,6 +397,13 @@ def load(path, kind):
         raise BadInput(f"{path}: no such checkpoint") from None
     except Exception:
         raise BadInput(f"{path}: not a readable checkpoint (cut short, foreign, or holding more than tensors)") from None
+    if (found, kind) == ("ldm", "ae"):                                     # stage 2's checkpoint holds stage 1
+        found = "ae"
+        if entries.get("kind"):
+            weights = {k.removeprefix("autoencoder."): v for k, v in content["weights"].items() if k.startswith("autoencoder.")}
+            content = {"kind": "ae", "autoencoder": content["settings"]["autoencoder"], "weights": weights, "settings": content["settings"]}
+        else:
+            content = {"vae": content["vae_semseg"]}
     if found != kind:
         raise BadInput(f"{path}: is {'a checkpoint of kind ' + repr(found) if found else 'no checkpoint of this project'}, needed is {kind!r}")
     try:
@@ -538,9 +559,13 @@ def main(argv=None):
     parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck")
     parser.add_argument("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
     parser.add_argument("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
+    parser.add_argument("--drop_input", action="store_true", help="train only the encoder of --ckpt: a partially dropped map should get the "
+                        "latents of the full one (decoder and diffusion model stay as they are)")
     parser.add_argument("--kl", type=data.amount, default=0.0, help="weight of the KL term, for Fig. 9 (default %(default)s)")
     args = parse(parser, MODELS, argv, "ae")
     args.accum, args.encoding = args.accum or 1, args.encoding or "bits"
+    if args.drop_input and not args.ckpt:
+        raise BadInput("--drop_input: teaches the encoder of a trained autoencoder; give it with --ckpt")
     device, rank, world = setup(args)
     check_batch(args, world)
     if args.size % (2 * args.factor):
@@ -560,7 +585,9 @@ def main(argv=None):
         if model.settings[name] != getattr(args, name):
             raise BadInput(f"--{name} {getattr(args, name)}: the autoencoder of --ckpt has {model.settings[name]}")
     model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    teacher = copy.deepcopy(model).eval() if args.drop_input else None
+    model.decoder.requires_grad_(not args.drop_input)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
 
@@ -589,7 +616,7 @@ def main(argv=None):
         seed_iteration(args.seed, it, rank)
         maps = [next(batches)[1].to(device, non_blocking=True) for _ in range(args.accum)]  # each b x size x size
 
-        parts = torch.zeros(2, device=device)                              # L_ce and L_mask, for the log
+        parts = torch.zeros(3, device=device)                              # the loss, L_ce and L_mask, for the log
         # The counts that normalise both losses are those of the whole batch: draw the points of all pieces first.
         points = []
         for ids in maps if args.accum > 1 else ():
@@ -599,7 +626,7 @@ def main(argv=None):
             last = k == args.accum - 1
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
                 with autocast(precision, device):
-                    logits, mean, logvar = ddp(ids)                        # b x N x 4h x 4w
+                    logits, mean, logvar = ddp(drop_input(ids) if teacher else ids)          # b x N x 4h x 4w
                 if args.accum == 1:
                     points = [draw_points(logits, ids, args.points)]
                 ce, n_ce, mask, n_mask = segmentation_losses(logits, ids, *points[k])
@@ -612,9 +639,11 @@ def main(argv=None):
                         dist.all_reduce(counts)
                     counts = counts.clamp(min=1)
                 loss = ce / counts[0] + mask / counts[1]
-                parts += torch.stack([ce, mask]).detach() / counts
                 if args.kl:
                     loss = loss + args.kl * kl_loss(mean, logvar) / args.batch_size
+                if teacher:                                                # instead: the latents of the full map
+                    loss = F.mse_loss(mean, teacher.encode(ids)[0].detach()) / (args.accum * world)
+                parts += torch.stack([loss, ce / counts[0], mask / counts[1]]).detach()
                 scaler.scale(loss * world).backward()                      # DDP averages over ranks; the counts are global
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -622,12 +651,12 @@ def main(argv=None):
 
         seen += args.batch_size
         if (it + 1) % args.log_every == 0:
-            ce, mask = reduce_sum(parts, device).tolist()
+            loss, ce, mask = reduce_sum(parts, device).tolist()
             left_out = check_skipped(skipped, it + 1, out)
             if is_main():
                 rate, seen, clock = seen / (time.time() - clock), 0, time.time()
-                progress.set_postfix(loss=f"{ce + mask:.3f}", images_s=f"{rate:.0f}")
-                log(out / "log.jsonl", stage="ae", iteration=it + 1, loss=ce + mask, ce=ce, mask=mask, grad_norm=norm.item(),
+                progress.set_postfix(loss=f"{loss:.3f}", images_s=f"{rate:.0f}")
+                log(out / "log.jsonl", stage="ae", iteration=it + 1, loss=loss, ce=ce, mask=mask, grad_norm=norm.item(),
                     lr=learning_rate(it, args), images_per_second=rate, **{"skipped": left_out} if left_out else {})
         done = it + 1 == args.iters
         if (it + 1) % args.eval_every == 0 or done:

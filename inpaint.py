@@ -2,6 +2,7 @@
 
     python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks of held-out masks, complete them
     python inpaint.py --sweep                             # PQ over drop rate x block size: table and plot
+    python inpaint.py --sweep --ae ae.pt --valid 0.05     # with an encoder that ae.py --drop_input taught to read partial maps
     python inpaint.py --image photo.jpg --mask part.png   # complete your own mask (id PNG, 0 = unknown)
 
 Symbols: y the partial id map (0 = unknown), M which latent cells count as given (B x 1 x h x w), z_known = scale * E(y);
@@ -139,6 +140,7 @@ def main(argv=None):
     add("--drop", type=data.fraction, default=0.5, help="share of blocks that is dropped (default %(default)s)")
     add("--block", type=data.positive, default=8, help="side of a block in pixels of the network's input (default %(default)s)")
     add("--valid", type=data.fraction, default=0.5, help="share of given pixels from which a latent cell counts as given (default %(default)s)")
+    add("--ae", help="read the given part with this autoencoder instead: one that ae.py --drop_input made from the model's own")
     add("--sweep", action="store_true", help="drop rates 0.1..0.9 x block sizes of 1/32..1/4 of the side")
     add("--image", help="a picture of yours, with --mask")
     add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
@@ -148,6 +150,12 @@ def main(argv=None):
         raise BadInput("--image and --mask belong together: give both")
     device, *_ = ae.setup(args)
     model, out = sample.open_model(args, device), Path(args.out)
+    if args.ae:
+        reader = ae.load_autoencoder(args.ae).to(device)
+        own = model.autoencoder.decoder.state_dict()
+        if reader.settings != model.autoencoder.settings or not all(torch.equal(v, own[k]) for k, v in reader.decoder.state_dict().items()):
+            raise BadInput(f"--ae {args.ae}: its decoder is not this model's; make it with ae.py --ckpt MODEL --drop_input")
+        model.autoencoder = reader
     with ae.autocast(ae.pick_precision(args.precision, device), device):
         if args.image:
             return complete_file(model, args, out)
@@ -176,7 +184,10 @@ def main(argv=None):
             (out / "inpaint_sweep.md").write_text("\n".join(lines) + "\n")
             curves = {f"block {b}": (drops, [cells[d][k][0]["inpainting"]["pq"] for d in drops]) for k, b in enumerate(blocks)}
             data.plot(out / "inpaint_sweep.png", curves, "drop rate", "PQ")
-            print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}")
+            examples = [[part for _, rows, _ in row for part in rows[0][1:3]] for row in cells.values()]     # of the first image
+            data.picture(out / "inpaint_examples.png", examples, [t for b in blocks for t in (f"block {b}: given", "completion")],
+                         notes=[f"drop {d}" for d in drops], cell=96)
+            print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}, {out / 'inpaint_examples.png'}")
             every = [cell for row in cells.values() for cell in row]
             seconds = float(np.mean([s for _, _, s in every]))             # pq, sq, rq: the mean over the grid
             figures = {**{k: float(np.mean([r["inpainting"][k] for r, _, _ in every])) for k in ("pq", "sq", "rq")}, "blocks": blocks,
