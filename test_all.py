@@ -19,6 +19,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,14 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     ae.main(TINY_AE + ["--iters", "3", "--out", str(out)])
     diffusion.main(TINY_LDM + ["--iters", "3", "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory, trained):
+    """The same with a classifier that was trained for a few iterations: the folder with its ldm.pt."""
+    out = tmp_path_factory.mktemp("labelled")
+    diffusion.main(TINY_LDM + ["--ae", str(trained / "ae.pt"), "--classes", "with", "--iters", "3", "--out", str(out)])
     return out
 
 
@@ -107,6 +116,18 @@ def test_training_sample_depends_on_its_number_only():
     ids = torch.stack([a[n][1] for n in range(300)])
     assert set(ids.unique().tolist()) == set(range(1, 16))  # every id is used, and none is void
     assert not torch.equal(a[3][1], data.Training(data.Shapes("train2017", 32), 32, 16, seed=2)[3][1])
+
+
+def test_training_hands_over_the_class_of_each_id():
+    source = data.Shapes("train2017", 32)
+    for n in range(50):
+        plain, sample_ = data.Training(source, 32, 16, flip=False, min_area=30)[n], source[n]
+        image, ids, classes = data.Training(source, 32, 16, flip=False, min_area=30, classes=True)[n]
+        assert torch.equal(image, plain[0]) and torch.equal(ids, plain[1]) and classes.shape == (16,) and classes[0] == -1
+        for s in sample_["segments_info"]:
+            new = set(ids[torch.from_numpy(sample_["ids"] == s["id"])].tolist())
+            assert len(new) == 1 and (new == {0} if s["area"] < 30 else int(classes[new.pop()]) == s["category_id"] - 1)
+        assert set((classes >= 0).nonzero()[:, 0].tolist()) == set(ids.unique().tolist()) - {0}
 
 
 def test_flip_turns_image_and_ids_together():
@@ -556,9 +577,10 @@ torch.randn = lambda *size, generator=None, device=None: normal(*size, generator
 torch.rand = lambda *size, device=None: first(size).sigmoid()
 torch.randn_like = lambda x: first(tuple(x.shape))
 torch.randint = lambda low, high, size, device=None: torch.full(size, 400)
+torch.nn.Dropout.forward = lambda self, x: x
 {main}.main(sys.argv[1:])
 """)
-    flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt")]}[stage] + ["--iters", "2", "--warmup", "1"]
+    flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt"), "--classes", "with"]}[stage] + ["--iters", "2", "--warmup", "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = lambda *cmd: subprocess.run([sys.executable, *cmd], env=env, capture_output=True, text=True, timeout=240)
     one = run(str(script), *flags, "--accum", "2", "--out", str(tmp_path / "one"))
@@ -566,11 +588,11 @@ torch.randint = lambda low, high, size, device=None: torch.full(size, 400)
     two = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *flags, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr[-2000:]
     a, b = (torch.load(tmp_path / n / f"{stage}_state.pt", weights_only=True) for n in ("one", "two"))
-    key = "weights" if stage == "ae" else "unet"
+    keys = ["weights"] if stage == "ae" else ["unet", "average"]          # the average has the classifier's weights too
     # Adam's first moment is the gradient, up to a factor: compare that, and the weights
     moments = [[s["exp_avg"] for s in x["optimizer"]["state"].values()] for x in (a, b)]
     assert max((x - y).abs().max() / x.abs().max().clamp(min=1e-4) for x, y in zip(*moments)) < 2e-3
-    assert all(torch.allclose(x, y, atol=2e-3) for x, y in zip(leaves(a[key]), leaves(b[key])))
+    assert all(torch.allclose(x, y, atol=2e-3) for x, y in zip(leaves([a[k] for k in keys]), leaves([b[k] for k in keys])))
     assert len(read_log(tmp_path / "one")) == len(read_log(tmp_path / "two"))          # rank 0 alone writes
 
 
@@ -843,6 +865,60 @@ def test_export_is_half_precision_and_samples(tmp_path, trained):
     assert not (tmp_path / "ldm_state.pt").exists()
 
 
+def test_segment_means_equal_means_over_masks():
+    torch.manual_seed(0)
+    x, ids = torch.randn(2, 3, 4, 5), torch.randint(0, 6, (2, 12, 10))
+    means, full = diffusion.segment_means(x, ids, 8), F.interpolate(x, size=(12, 10), mode="nearest")
+    for b in range(2):
+        for i in range(6):
+            assert torch.allclose(means[b, i], full[b][:, ids[b] == i].mean(1), atol=1e-5)
+    assert not means[:, 6:].any() and diffusion.segment_means(x, ids[:, :1, :1], 8).isfinite().all()
+
+
+def test_labels_are_those_of_the_mean_and_stuff_of_one_category_is_one_segment():
+    classifier = diffusion.Classifier([{"id": 10, "name": "car", "isthing": 1}, {"id": 20, "name": "sky", "isthing": 0}], "small")
+    ids = np.repeat([[0, 7, 7, 300, 70000, 70000, 5, 5]], 4, 0).astype(np.int32)
+    logits = torch.tensor([[2., 2, 0, 0, 2, 2, 0, 0], [3., 0, 0, 2, 0, 1, 3, 1]])[:, None].expand(2, 4, 8)
+    same, segments = classifier.label(logits, ids, merge=False)
+    labels = {s["id"]: (s["category_id"], s["area"], s["score"]) for s in segments}
+    share = lambda d: round(1 / (1 + np.exp(-d)), 4)
+    assert same is ids and labels == {5: (20, 8, share(2)), 7: (10, 8, share(1)), 300: (20, 4, share(2)), 70000: (10, 8, share(1.5))}
+    merged, segments = classifier.label(logits, ids)
+    assert {s["id"]: (s["category_id"], s["area"]) for s in segments} == {5: (20, 12), 7: (10, 8), 70000: (10, 8)}
+    assert np.array_equal(merged, np.where(ids == 300, 5, ids)) and merged.dtype == np.int32
+    assert classifier.label(logits, np.zeros((3, 3), np.int32))[1] == []
+
+
+def test_classifier_learns_while_the_rest_is_frozen(tmp_path, trained):
+    flags = ["--ckpt", str(trained / "ldm.pt"), "--classes", "only", "--batch_size", "8", "--lr", "3e-3", "--iters", "80", "--eval_every", "1000"]
+    diffusion.main(TINY_LDM + flags + ["--out", str(tmp_path), "--export", str(tmp_path / "half.pt")])
+    losses = [e["loss"] for e in read_log(tmp_path) if "loss" in e]
+    assert len(losses) == 80 and np.mean(losses[-10:]) < 0.85 * np.mean(losses[:10])
+    before, after = sample.load(trained / "ldm.pt"), sample.load(tmp_path / "ldm.pt")
+    assert before.classifier is None and all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items())
+    scenes, half = [data.Shapes("v", 32)[n] for n in range(32)], sample.load(tmp_path / "half.pt")
+    labels = lambda model: [[g["category_id"] for g in info] for _, info in sample.label_batch(
+        model, [s["image"] for s in scenes], [s["ids"] for s in scenes], merge=False)]
+    found, truth = np.concatenate(labels(after)), np.concatenate([[g["category_id"] for g in s["segments_info"]] for s in scenes])
+    assert ((found == 1) == (truth == 1)).mean() > 0.8 and (found == np.concatenate(labels(half))).mean() > 0.9      # background or shape
+
+
+def test_sds_classifier_is_deeplabv3_and_takes_torchvisions_weights(tmp_path):
+    from torchvision.models import resnet50
+    from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+    pretrained = resnet50()
+    torch.save(pretrained.state_dict(), tmp_path / "resnet.pt")
+    args = SimpleNamespace(model="sd", resnet=str(tmp_path / "resnet.pt"))
+    classifier = diffusion.new_classifier(args, [{"id": i, "name": str(i), "isthing": 1} for i in range(7)]).eval()
+    assert torch.equal(classifier.backbone.layer4[2].conv3.weight, pretrained.layer4[2].conv3.weight)
+    assert [p.shape for p in classifier.head.parameters()] == [p.shape for p in DeepLabHead(2048, 7).parameters()]
+    with torch.no_grad():
+        assert classifier.logits(torch.zeros(1, 3, 64, 48, dtype=torch.uint8)).shape == (1, 7, 8, 6)
+    for name in ("nowhere.pt", __file__):
+        with pytest.raises(data.BadInput, match="--resnet"):
+            diffusion.new_classifier(SimpleNamespace(model="sd", resnet=str(name)), [{"id": 1, "name": "x", "isthing": 1}])
+
+
 def test_an_image_gets_the_same_mask_in_any_batch(trained):
     model = tiny_ldm(trained, min_area=0)
     images = [s["image"] for s in (data.Shapes("v", 32)[i] for i in range(3))]
@@ -911,6 +987,44 @@ def test_sample_evaluates_and_writes_json(tmp_path, trained, capsys):
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["images"] == 5 and {"pq", "sq", "rq", "seconds_per_image"} <= result.keys() and set(result["by_steps"]) == {"2", "3"}
     assert (tmp_path / "sample.png").exists() and (tmp_path / "sample_steps.png").exists() and "PQ" in capsys.readouterr().out
+
+
+def from_scenes(root, scenes, count, split="val2017"):
+    """The first of some scenes as a folder in COCO panoptic layout."""
+    for d in ("annotations", split, f"panoptic_{split}"):
+        (root / d).mkdir(parents=True)
+    content = {"images": [], "annotations": [], "categories": scenes.categories}
+    for i in range(count):
+        s, name = scenes[i], f"{i:03d}.png"
+        Image.fromarray(s["image"]).save(root / split / name)
+        data.write_id_png(root / f"panoptic_{split}" / name, s["ids"])
+        content["images"].append({"id": i, "file_name": name})
+        content["annotations"].append({"image_id": i, "file_name": name, "segments_info": s["segments_info"]})
+    (root / "annotations" / f"panoptic_{split}.json").write_text(json.dumps(content))
+
+
+def test_classes_are_evaluated_and_written(tmp_path, labelled, capsys):
+    """Figures of evaluation, predictions.json and pq.py agree on the same scenes, which stand in a folder as a user's would."""
+    from_scenes(tmp_path / "d", data.Shapes("val2017", 32), 4)
+    flags = ["--ckpt", str(labelled / "ldm.pt"), "--steps", "2", "--threshold", "0", "--min_area", "0", "--num_workers", "0", "--device", "cpu"]
+    sample.main(flags + ["--data", str(tmp_path / "d"), "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    result, printed = json.loads((tmp_path / "r.json").read_text()), capsys.readouterr().out
+    assert {"pq_classes", "pq_things", "pq_stuff", "label_accuracy"} <= result.keys() and "Stuff" in printed and "labelled rightly" in printed
+    sample.main(flags + ["--images", str(tmp_path / "d" / "val2017"), "--out", str(tmp_path / "o")])
+    content = json.loads((tmp_path / "o" / "predictions.json").read_text())
+    segments = [s for a in content["annotations"] for s in a["segments_info"]]
+    assert [c["name"] for c in content["categories"]] == list(data.KINDS) and all(0.2 < s["score"] <= 1 for s in segments) and len(segments) > 3
+    for a in content["annotations"]:
+        assert sum(s["category_id"] == 1 for s in a["segments_info"]) <= 1           # background is stuff
+    truth = tmp_path / "d" / "annotations" / "panoptic_val2017.json"
+    pq.main(["--gt", str(truth), "--gt_dir", str(tmp_path / "d" / "panoptic_val2017"), "--pred", str(tmp_path / "o" / "predictions.json")])
+    assert "Stuff" in capsys.readouterr().out
+    ids, info = sample.segment(sample.load(labelled / "ldm.pt"), Image.open(tmp_path / "d" / "val2017" / "001.png"), steps=2, threshold=0)
+    assert {s["category_id"] for s in info} <= {1, 2, 3, 4, 5} and {s["id"] for s in info} == set(np.unique(ids).tolist()) - {0}
+    write_panoptic(tmp_path / "other")                     # cat and sky: not what the classifier knows
+    data.say_once.cache_clear()
+    sample.main(flags + ["--data", str(tmp_path / "other"), "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    assert "pq_classes" not in json.loads((tmp_path / "r.json").read_text()) and "class-agnostic PQ only" in capsys.readouterr().err
 
 
 def test_two_processes_evaluate_like_one(tmp_path, trained):
@@ -1046,17 +1160,18 @@ def same_run(stage, a, b):
     """Weights, average, optimiser and losses of two runs are the same to the bit."""
     one, two = (torch.load(folder / f"{stage}_state.pt", weights_only=True) for folder in (a, b))
     assert one["iteration"] == two["iteration"]
-    pick = lambda s: [v for k in ("weights", "unet", "average", "optimizer") if k in s for v in leaves(s[k])]
+    pick = lambda s: [v for k in ("weights", "unet", "classifier", "average", "optimizer") if k in s for v in leaves(s[k])]
     assert len(pick(one)) == len(pick(two)) > 10 and all(torch.equal(x, y) for x, y in zip(pick(one), pick(two)))
     losses = [[(e["iteration"], e["loss"]) for e in ae.read_log(folder / "log.jsonl", stage) if "loss" in e] for folder in (a, b)]
     assert losses[0] == losses[1] and len(losses[0]) > 2
 
 
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", ["ae", "ldm"])
+@pytest.mark.parametrize("stage, world", [("ae", 1), ("ae", 2), ("ldm", 1), ("ldm", 2), ("classifier", 1)])
 def test_a_killed_training_resumes_to_the_same_bits(tmp_path, trained, stage, world):
     """SIGKILL at random moments, every third one while a file is being written; `make test-long` tries more often."""
-    flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt")]}[stage]
+    flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt")],
+             "classifier": TINY_LDM + ["--ckpt", str(trained / "ldm.pt"), "--classes", "only"]}[stage]
+    stage = stage.replace("classifier", "ldm")
     flags = flags + ["--iters", "9", "--save_every", "1", "--log_every", "3", "--eval_every", "5", "--num_workers", "1"]
     start_training(stage, ["--help"], tmp_path / "warm")[0].join()          # the imports are not part of the span
     began = time.time()
@@ -1258,6 +1373,7 @@ def test_bad_checkpoints(tmp_path, trained, capsys):
     (inpaint.main, ["--steps", "5000"], "--steps"), (ae.main, ["--num_ids", "100"], "--num_ids"), (ae.main, ["--lr", "-1"], "--lr"),
     (ae.main, ["--size", "65"], "--size"), (ae.main, ["--batch_size", "3", "--accum", "2"], "--batch_size"), (ae.main, ["--encoding", "x"], "--encoding"),
     (diffusion.main, ["--ae", "nowhere.pt"], "nowhere.pt"), (diffusion.main, ["--steps", "1001"], "--steps"), (diffusion.main, ["--prediction", "x"], "--prediction"),
+    (diffusion.main, ["--classes", "only"], "--ckpt"), (diffusion.main, ["--classes", "with", "--batch_size", "1"], "--batch_size"),
     (data.main, ["--data", "nowhere"], "nowhere"), (sample.main, ["--json", "."], "--json"), (data.main, ["--seed", "-1"], "--seed"),
     (inpaint.main, ["--out", __file__], "test_all.py"), (sample.main, ["--steps", "5", "10", "--images", __file__], "--steps"),
     (sample.main, ["--images", __file__], "test_all.py")])
