@@ -20,7 +20,9 @@ import json
 import math
 import os
 import random
+import re
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -33,7 +35,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 class BadInput(ValueError):
-    """Something that the user gave is wrong; the message is one line: what it is, what is wrong, what to do."""
+    """Something that the user gave is wrong; the message is one line: what it is, what is wrong, what to do.
+
+    kind: for a broken image of a dataset, what `--check` counts it as."""
+
+    def __init__(self, line, kind=None):
+        super().__init__(line)
+        self.kind = kind
 
 
 def command(main):
@@ -151,6 +159,10 @@ class Shapes:
 # ------------------------------------------------------------------------------------------- folders of files
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # Pillow would run Ghostscript on others
+Image.MAX_IMAGE_PIXELS = 200_000_000  # `_open_image` refuses more; --max_pixels sets it
+
+
 def to_rgb(image):
     """PIL image of any mode -> H x W x 3 uint8: 16 and 32 bit are brought to 0..255, transparency is put on white."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -165,12 +177,17 @@ def to_rgb(image):
 def _open_image(path, what, read):
     """Open a file with Pillow and `read` it, with every way in which that can fail as one line."""
     try:
-        with Image.open(path) as image:
-            return read(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                # remarks on metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # comes before anything is decoded
+            with Image.open(path, formats=FORMATS) as image:
+                return read(image)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such {what}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable {what} ({type(error).__name__}: {error})".splitlines()[0]) from None
+        raise BadInput(f"{path}: no such {what}", f"missing {what}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadInput(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; if you trust it, raise --max_pixels", f"undecodable {what}") from None
+    except Exception as error:  # a broken file can make Pillow raise almost anything
+        raise BadInput(f"{path}: not a readable {what} ({type(error).__name__}: {error})".splitlines()[0], f"undecodable {what}") from None
 
 
 def read_image(path, upright=False):
@@ -180,9 +197,16 @@ def read_image(path, upright=False):
 
 def read_id_png(path):
     """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32. Raises BadInput."""
-    mode = {"RGBA": "RGB", "CMYK": "RGB", "LA": "L", "PA": "P"}
-    raw = _open_image(path, "id PNG", lambda i: np.asarray(i.convert(mode[i.mode]) if i.mode in mode else i).astype(np.int32))
-    return raw if raw.ndim == 2 else raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
+    def read(image):
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            image = image.convert({"LA": "L", "PA": "P", "F": "I"}.get(image.mode, "RGB"))
+        if image.mode != "RGB":
+            return np.asarray(image).astype(np.int64)
+        return (np.frombuffer(image.tobytes("raw", "RGBX"), "<i4") & 0xFFFFFF).reshape(image.height, image.width)  # four bytes a pixel
+    ids = _open_image(path, "id PNG", read)
+    if ids.min() < 0 or ids.max() >= 1 << 24:
+        raise BadInput(f"{path}: holds ids outside 0..{(1 << 24) - 1}", "undecodable id PNG")
+    return ids.astype(np.int32, copy=False)
 
 
 def write_id_png(path, ids):
@@ -192,20 +216,97 @@ def write_id_png(path, ids):
     Image.fromarray(rgb).save(path)
 
 
-def read_coco_json(path):
-    """Read a COCO JSON and check its outline. Raises BadInput."""
+# What the entries of a COCO JSON must hold: key -> test, what it must be. A file's name must lead to below its folder.
+_PLAIN = re.compile(r"(?![/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$))[^\0-\x1f\x7f\ud800-\udfff]+")
+_KEY = lambda v: type(v) in (int, str), "a whole number or a text"
+_NAME = lambda v: type(v) is str and _PLAIN.fullmatch(v), "a path without '..' below the folder"
+_SIDE = lambda v: v is None or type(v) is int and v > 0, "a whole number of at least 1"
+_AREA = lambda v: v is None or type(v) in (int, float) and v >= 0, "a number of at least 0"
+_ID = lambda v: type(v) is int and 0 < v < 1 << 24, f"a whole number in 1..{(1 << 24) - 1}"
+_CATEGORY = lambda v: type(v) is int, "a whole number"
+_CROWD = lambda v: v in (None, 0, 1), "0 or 1"
+_RULES = {
+    "image": {"id": _KEY, "file_name": _NAME, "width": _SIDE, "height": _SIDE}, "category": {"id": _CATEGORY},
+    "annotation of image": {"image_id": _KEY, "file_name": _NAME, "segments_info": (lambda v: type(v) is list, "a list of segments")},
+    "segment": {"id": _ID, "category_id": _CATEGORY, "iscrowd": _CROWD, "area": _AREA},
+    "annotation": {"id": _KEY, "image_id": _KEY, "category_id": _CATEGORY, "iscrowd": _CROWD,
+                   "segmentation": (lambda v: type(v) in (list, dict), "polygons or RLE")}}
+
+
+def _check(where, kind, entries):
+    """Check a list of a COCO JSON by `_RULES`; no two entries may share the first key. Raises BadInput, naming the entry."""
+    show = lambda v: type(v).__name__ if isinstance(v, (list, dict)) else repr(v)[:60]
+    key, seen = next(iter(_RULES[kind])), set()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise BadInput(f"{where}: {kind} {show(entry)}: must be an object")
+        for k, (fine, what) in _RULES[kind].items():
+            if not fine(entry.get(k)):
+                raise BadInput(f"{where}: {kind} {show(entry.get(key))}: {k} must be {what}, not {show(entry.get(k))}")
+        if entry[key] in seen:
+            raise BadInput(f"{where}: {kind} {show(entry[key])} is there twice")
+        seen.add(entry[key])
+
+
+def read_coco_json(path, layout):
+    """Read a COCO JSON ("panoptic" or "instances") and check all of it that is used. Raises BadInput, naming the entry."""
+    def no_number(text):
+        raise ValueError(f"{text} is no number")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=no_number)
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON ({error})") from None
-    keys = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id",)}
-    for name, needed in keys.items():
-        entries = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and all(k in e for k in needed) for e in entries):
-            raise BadInput(f"{path}: not a COCO file: '{name}' must be a list of objects with {', '.join(needed)}")
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise BadInput(f"{path}: not a COCO file: '{name}' must be a list")
+    _check(path, "image", content["images"])
+    _check(path, "category", content["categories"])
+    _check(path, "annotation of image" if layout == "panoptic" else "annotation", content["annotations"])
+    for annotation in content["annotations"] if layout == "panoptic" else ():
+        _check(f"{path}: image {annotation['image_id']!r}", "segment", annotation["segments_info"])
     return content
+
+
+def runs(ids):
+    """An id map as runs of equal ids in reading order: value and length of each. They are few, which makes maps cheap to look up."""
+    flat = ids.reshape(-1)
+    start = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    return flat[start], np.diff(start, append=flat.size)
+
+
+def decode_segmentation(segmentation, shape):
+    """COCO's polygons or RLE -> H x W bool. Malformed ones are refused before they reach pycocotools, which would crash; any exception."""
+    if isinstance(segmentation, list):
+        from pycocotools import mask as coco_mask
+        polygons = [np.asarray(p, np.float64).reshape(-1, 2) for p in segmentation]
+        if not all((np.abs(p) <= 2 * max(shape)).all() for p in polygons):
+            raise ValueError("a polygon far outside of the image")
+        polygons = [p.ravel().tolist() for p in polygons if len(p) > 2]
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape))).astype(bool)
+    counts = segmentation["counts"]
+    if isinstance(counts, str):        # numbers of 5 bits a character, low ones first; from the fourth on, differences to the last but one
+        digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+        ends = np.flatnonzero(digits < 32)                                 # bit 5: the number goes on
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        place = 5 * (np.arange(len(digits)) - np.repeat(starts, ends - starts + 1))
+        counts = np.add.reduceat((digits & 31) << place, starts)
+        counts -= (digits[ends] >> 4 & 1) << place[ends] + 5               # the highest bit is the sign
+        counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
+    counts = np.asarray(counts)
+    if counts.dtype.kind != "i" or counts.min() < 0 or counts.max() > shape[0] * shape[1] or counts.sum() != shape[0] * shape[1]:
+        raise ValueError("its counts do not add up to its size")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape[::-1]).T
+
+
+@contextlib.contextmanager
+def _collect(wrong):
+    """Put a BadInput into a list instead of raising it."""
+    try:
+        yield
+    except BadInput as error:
+        wrong.append(error)
 
 
 class Folder:
@@ -216,7 +317,7 @@ class Folder:
     endless = False
 
     def __init__(self, folder, split, background="segment"):
-        root, self.background = Path(folder), background
+        root, self.background, self.max_pixels = Path(folder), background, Image.MAX_IMAGE_PIXELS
         files = {kind: root / "annotations" / f"{kind}_{split}.json" for kind in ("panoptic", "instances")}
         found = [kind for kind, file in files.items() if file.is_file()]
         require_data(folder)
@@ -225,7 +326,7 @@ class Folder:
         if len(found) == 2 and is_main():
             print(f"{folder}: both panoptic_{split}.json and instances_{split}.json exist; using the panoptic one")
         self.layout, self.json = found[0], files[found[0]]
-        content = read_coco_json(self.json)
+        content = read_coco_json(self.json, self.layout)
         self.categories = content["categories"]
         self.images_dir = root / split
         if not self.images_dir.is_dir():
@@ -237,11 +338,6 @@ class Folder:
         if self.layout == "panoptic":
             if self.pngs is None:
                 raise BadInput(f"--data {folder}: the folder panoptic_{split}/ with the PNGs is missing")
-            for annotation in content["annotations"]:
-                segments = annotation.get("segments_info")
-                listed = isinstance(segments, list) and all(isinstance(s, dict) and isinstance(s.get("id"), int) for s in segments)
-                if not listed or "file_name" not in annotation:
-                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks file_name or segments_info with ids")
             keep = lambda found: any(not s.get("iscrowd") for a in found for s in a["segments_info"])
         else:
             self.background_id = max([c["id"] for c in self.categories], default=0) + 1
@@ -249,7 +345,10 @@ class Folder:
             keep = lambda found: any(not a.get("iscrowd") for a in found) or background == "segment"
         # images whose segments are all crowd say nothing about segments (method: left out)
         # each item is kept as text: forked workers would copy a million little dicts just by counting references to them
-        self.items = [json.dumps((i, by_image[i["id"]])) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
+        try:
+            self.items = [json.dumps((i, by_image[i["id"]])) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
+        except RecursionError:
+            raise BadInput(f"{self.json}: nested too deep") from None
         if not self.items:
             raise BadInput(f"{self.json}: no image with a usable annotation")
 
@@ -262,43 +361,52 @@ class Folder:
 
     def _find(self, file_name):
         path = self.images_dir / Path(file_name).name
-        if path.is_file():
+        if os.path.isfile(path):                                           # unlike Path's, False for any name
             return path
         # Cityscapes' own converter names X_gtFine_leftImg8bit.png what lies there as CITY/X_leftImg8bit.png
         return self._by_name.get(path.name) or self._by_name.get(path.name.replace("_gtFine_", "_")) or path
 
     def __getitem__(self, index):
-        info, annotations = json.loads(self.items[index])
-        image = read_image(self._find(info["file_name"]))
-        ids, segments = (self._panoptic if self.layout == "panoptic" else self._instances)(info, annotations, image.shape[:2])
-        return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}
+        sample, wrong = self.load(index)
+        if wrong:
+            raise wrong[0]
+        return sample
 
-    def _panoptic(self, info, annotations, shape):
+    def load(self, index):
+        """Sample `index` and a list of BadInput: all that makes it unusable. What can't be read is None in the sample."""
+        Image.MAX_IMAGE_PIXELS = self.max_pixels                           # a spawned worker knows only the default
+        info, annotations = json.loads(self.items[index])
+        image, ids, segments, wrong = None, None, [], []
+        with _collect(wrong):
+            image = read_image(self._find(info["file_name"]))
+        shape = image.shape[:2] if image is not None else (info.get("height"), info.get("width"))
+        with _collect(wrong):
+            if self.layout == "panoptic":
+                ids, segments = self._panoptic(info, annotations, shape, wrong)
+            elif None not in shape:
+                ids, segments = self._instances(info, annotations, shape)
+        return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}, wrong
+
+    def _panoptic(self, info, annotations, shape, wrong):
         path = self.pngs / Path(annotations[0]["file_name"]).name
         ids, segments = read_id_png(path), annotations[0]["segments_info"]
-        if ids.shape != shape:
-            raise BadInput(f"{path}: is {ids.shape[1]} x {ids.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}")
-        unknown = np.setdiff1d(np.unique(ids), [0] + [s["id"] for s in segments])
-        if unknown.size:
-            raise BadInput(f"{path}: holds id {unknown[0]}, which {self.json.name} does not list for image {info['id']}")
+        if ids.shape != shape and None not in shape:
+            wrong.append(BadInput(f"{path}: is {ids.shape[1]} x {ids.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}",
+                                  "size mismatch"))
+        for i in sorted(set(np.unique(runs(ids)[0]).tolist()) - {0, *(s["id"] for s in segments)}):
+            wrong.append(BadInput(f"{path}: holds id {i}, which {self.json.name} does not list for image {info['id']!r}", "id not in the JSON"))
         return ids, segments
 
     def _instances(self, info, annotations, shape):
-        from pycocotools import mask as coco_mask
         crowd, masks = np.zeros(shape, bool), []
         for a in annotations:
+            rle = a["segmentation"]
+            if isinstance(rle, dict) and rle.get("size") != list(shape):
+                raise BadInput(f"{self.json}: annotation {a['id']} is not of {shape[1]} x {shape[0]} pixels as its image {info['file_name']}", "size mismatch")
             try:
-                rle = a["segmentation"]
-                if isinstance(rle, list):                                  # polygons
-                    rle = coco_mask.merge(coco_mask.frPyObjects(rle, *shape))
-                elif isinstance(rle["counts"], list):                      # uncompressed RLE
-                    rle = coco_mask.frPyObjects(rle, *rle["size"])
-                mask = coco_mask.decode(rle).astype(bool)
+                mask = decode_segmentation(rle, shape)
             except Exception as error:
-                raise BadInput(f"{self.json}: bad segmentation of annotation {a.get('id')} ({error})") from None
-            if mask.shape != shape:
-                raise BadInput(f"{self.json}: annotation {a.get('id')} is {mask.shape[1]} x {mask.shape[0]} pixels, "
-                               f"its image {info['file_name']} {shape[1]} x {shape[0]}")
+                raise BadInput(f"{self.json}: bad segmentation of annotation {a['id']} ({error})", "bad segmentation") from None
             if a.get("iscrowd"):
                 crowd |= mask
             else:
@@ -489,6 +597,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=natural, default=0, help="seed of everything random (default %(default)s)")
         self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
+        self.add_argument("--max_pixels", type=positive, default=200_000_000, help="images of more are refused as bombs (default %(default)s)")
         if network:
             self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
             self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
@@ -502,6 +611,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         """Parse, and make sure before any work that --out and --json can be written. Raises BadInput, OSError."""
         parsed = super().parse_args(args)
+        Image.MAX_IMAGE_PIXELS = parsed.max_pixels
         if is_main():
             Path(parsed.out).mkdir(parents=True, exist_ok=True)
             if parsed.json:
