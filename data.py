@@ -2,6 +2,7 @@
 
     python data.py --data shapes                                  # draw a sheet of built-in scenes
     python data.py --data data/coco --split val2017               # look into a COCO-style folder
+    python data.py --check data/coco                              # read all of it, name every broken image and mask
 
 A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void), `segments_info` (as COCO has it:
 id, category_id, iscrowd, area), `image_id`, `file_name`. Sources that give it, chosen by `open_data`:
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------- errors
 
@@ -300,6 +302,10 @@ def decode_segmentation(segmentation, shape):
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape[::-1]).T
 
 
+def _some(ids):
+    return f"{ids[0]}" + f" and {len(ids) - 1} more" * (len(ids) > 1)
+
+
 @contextlib.contextmanager
 def _collect(wrong):
     """Put a BadInput into a list instead of raising it."""
@@ -349,6 +355,7 @@ class Folder:
             self.items = [json.dumps((i, by_image[i["id"]])) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
         except RecursionError:
             raise BadInput(f"{self.json}: nested too deep") from None
+        self.unused = len(content["images"]) - len(self.items)
         if not self.items:
             raise BadInput(f"{self.json}: no image with a usable annotation")
 
@@ -387,14 +394,37 @@ class Folder:
                 ids, segments = self._instances(info, annotations, shape)
         return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}, wrong
 
+    def faults(self, index, num_ids):
+        """Everything that is wrong with image `index`, also what training copes with: a list of (kind, line), empty if it is sound."""
+        (sample, wrong), (info, _) = self.load(index), json.loads(self.items[index])
+        name, ids = self.images_dir / info["file_name"], sample["ids"]
+        if sample["image"] is not None:
+            height, width = sample["image"].shape[:2]
+            said = info.get("width") or width, info.get("height") or height
+            if said != (width, height):
+                wrong.append(BadInput(f"{name}: is {width} x {height} pixels, {self.json.name} says {said[0]} x {said[1]}", "size mismatch"))
+        if ids is not None:
+            there = set(np.unique(runs(ids)[0]).tolist())
+            absent = [s["id"] for s in sample["segments_info"] if s["id"] not in there]
+            count = sum(not s.get("iscrowd") and s["id"] in there for s in sample["segments_info"])
+            if absent:
+                wrong.append(BadInput(f"{name}: its mask has no pixel of segment {_some(absent)} in {self.json.name}", "id not in the PNG"))
+            if count > num_ids - 1:
+                wrong.append(BadInput(f"{name}: has {count} segments, more than N - 1 = {num_ids - 1}", "too many segments"))
+            if not count:
+                wrong.append(BadInput(f"{name}: no pixel of its mask belongs to a segment", "empty map"))
+        return [(error.kind, str(error)) for error in wrong]
+
     def _panoptic(self, info, annotations, shape, wrong):
         path = self.pngs / Path(annotations[0]["file_name"]).name
         ids, segments = read_id_png(path), annotations[0]["segments_info"]
         if ids.shape != shape and None not in shape:
             wrong.append(BadInput(f"{path}: is {ids.shape[1]} x {ids.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}",
                                   "size mismatch"))
-        for i in sorted(set(np.unique(runs(ids)[0]).tolist()) - {0, *(s["id"] for s in segments)}):
-            wrong.append(BadInput(f"{path}: holds id {i}, which {self.json.name} does not list for image {info['id']!r}", "id not in the JSON"))
+        unlisted = sorted(set(np.unique(runs(ids)[0]).tolist()) - {0, *(s["id"] for s in segments)})
+        if unlisted:
+            wrong.append(BadInput(f"{path}: holds id {_some(unlisted)}, which {self.json.name} does not list for image {info['id']!r}",
+                                  "id not in the JSON"))
         return ids, segments
 
     def _instances(self, info, annotations, shape):
@@ -418,6 +448,27 @@ class Folder:
             ids[mask], categories[i + 2] = i + 2, category
         areas = np.bincount(ids.ravel(), minlength=len(masks) + 2)
         return ids, [{"id": i, "category_id": c, "iscrowd": 0, "area": int(areas[i])} for i, c in categories.items() if areas[i]]
+
+
+def check(folder, splits=None, num_ids=128, background="segment", num_workers=0):
+    """Read all images and masks of a folder (None: of every split that is there) and print all that is broken.
+
+    Returns the number of images and of faults by kind. Raises BadInput if a split can't be used at all."""
+    files = [*Path(folder).glob("annotations/panoptic_*.json"), *Path(folder).glob("annotations/instances_*.json")]
+    splits = splits or sorted({f.stem.partition("_")[2] for f in files})
+    if not splits:
+        raise BadInput(f"--check {folder}: no annotations/panoptic_NAME.json or annotations/instances_NAME.json there")
+    from torch.utils.data import DataLoader
+    images, counts = 0, {}
+    for split, source in [(s, Folder(folder, s, background)) for s in splits]:                 # structural faults come first
+        read = functools.partial(source.faults, num_ids=num_ids)           # runs in the workers
+        found = DataLoader(range(len(source)), batch_size=None, collate_fn=read, num_workers=num_workers)
+        for kind, line in (fault for faults in tqdm(found, split, unit="image", mininterval=1) for fault in faults):
+            tqdm.write(f"{kind}: {line}")
+            counts[kind] = counts.get(kind, 0) + 1
+        print(f"{split}: {len(source)} images read; {source.unused} others have no annotation, or only of crowd, and are not used")
+        images += len(source)
+    return images, counts
 
 
 def require_data(name):
@@ -473,10 +524,10 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0):
 
 
 @functools.cache
-def say_once(line):
-    """Print a line once: on rank 0, and there in the first of its data loader workers only."""
+def say_once(line, every_rank=False):
+    """Print a line once: on rank 0 (or on every one), and there in the first of its data loader workers only."""
     worker = torch.utils.data.get_worker_info()
-    if is_main() and (worker is None or worker.id == 0):
+    if (is_main() or every_rank) and (worker is None or worker.id == 0):
         print(line, file=sys.stderr)
 
 
@@ -484,18 +535,36 @@ class Training(torch.utils.data.Dataset):
     """Sample n of an endless training stream (paper 4.1): square resize, horizontal flip, random distinct ids.
 
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
-    draws the same one, which makes runs reproducible over workers and resumable in mid-epoch.
+    draws the same one, which makes runs reproducible over workers and resumable in mid-epoch. In place of an image that
+    can't be read comes another one, which follows from (seed, n) too; `say_left_out` lists them.
     Gives image (3 x size x size, uint8) and ids (size x size, uint8, 0 = void, others distinct in 1..num_ids-1)."""
 
     def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10):
         self.source, self.size, self.num_ids, self.seed = source, size, num_ids, seed
         self.flip, self.min_area, self.epoch = flip, min_area, None
+        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()               # shared with the workers, which fill it
+
+    def _sample(self, index, n):
+        """Item `index` of the source, or what takes its place. Raises BadInput if nothing in it can be read."""
+        try:
+            return self.source[index]
+        except BadInput as error:
+            first, self.broken[index] = error, True
+        for other in np.random.default_rng((self.seed, 5, n)).permutation(len(self.source)).tolist():
+            try:
+                sample = self.source[other]
+            except BadInput:
+                self.broken[other] = True
+            else:
+                say_once(f"note: {first}; another image takes its place")
+                return sample
+        raise BadInput(f"{first}; nor can any other of the {len(self.source)} images be used")
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.source))
         if epoch != self.epoch:  # every epoch has its own order
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
-        sample = self.source[n if self.source.endless else int(self.order[position])]
+        sample = self._sample(n if self.source.endless else int(self.order[position]), n)
         rng = np.random.default_rng((self.seed, 2, n))
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area)
         ids, image = resize_ids(ids, self.size, self.size), resize_image(sample["image"], self.size)
@@ -504,8 +573,20 @@ class Training(torch.utils.data.Dataset):
         return to_tensor(image), torch.from_numpy(ids.copy())
 
 
+def say_left_out(dataset, broken):
+    """At the end of a training: rank 0 prints which images of a Training could not be read. broken: its `broken` over all ranks."""
+    indices = np.flatnonzero(broken)
+    if is_main() and len(indices):
+        print(f"{len(indices)} of {len(dataset.source)} images left out, others took their place:")
+        for index in indices.tolist():
+            try:
+                print(f"  {dataset.source[index]['file_name']}: could not be read at first")
+            except BadInput as error:
+                print(f"  {error}")
+
+
 class Evaluation(torch.utils.data.Dataset):
-    """The sample as it is, plus `input`: its image at the network's size (3 x size x size, uint8)."""
+    """The sample as it is, plus `input`: its image at the network's size (3 x size x size, uint8). A broken one is a BadInput."""
 
     def __init__(self, source, size, limit=None):
         self.source, self.size, self.length = source, size, min(limit or len(source), len(source))
@@ -514,7 +595,10 @@ class Evaluation(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        sample = self.source[index]
+        try:
+            sample = self.source[index]
+        except BadInput as error:
+            return error
         return {**sample, "input": to_tensor(resize_image(sample["image"], self.size))}
 
 
@@ -531,11 +615,22 @@ def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1,
 
 
 def evaluation_batches(dataset, batch_size, rank=0, world=1, num_workers=0):
-    """Iterate over lists of samples; rank r takes every world-th one, so that each is seen exactly once."""
-    mine = list(range(rank, len(dataset), world))
-    return torch.utils.data.DataLoader(
+    """Iterate over lists of samples; rank r takes every world-th one, so that each is seen exactly once.
+
+    Broken images are left out, which is said at the end. Raises BadInput if one process finds nothing but those."""
+    mine, broken = list(range(rank, len(dataset), world)), []
+    loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=[mine[i:i + batch_size] for i in range(0, len(mine), batch_size)],
         collate_fn=list, num_workers=num_workers)
+    for batch in loader:
+        broken += [s for s in batch if isinstance(s, BadInput)]
+        good = [s for s in batch if not isinstance(s, BadInput)]
+        if good:
+            yield good
+    if broken and world == 1 and len(broken) == len(mine):
+        raise BadInput(f"{broken[0]}; nor can any other of the {len(mine)} images be used")
+    if broken:
+        say_once(f"note: {len(broken)} of {len(mine)} images left out of the evaluation: " + "; ".join(map(str, broken)), every_rank=True)
 
 
 ENCODINGS = ("bits", "rgb", "onehot", "positional")
@@ -598,10 +693,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
         self.add_argument("--max_pixels", type=positive, default=200_000_000, help="images of more are refused as bombs (default %(default)s)")
+        self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
+                          help="data loader processes of each rank (default %(default)s)")
         if network:
             self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
-            self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
-                              help="data loader processes of each rank (default %(default)s)")
             self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):
@@ -713,11 +808,25 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
 
 @command
 def main(argv=None):
-    """Command line: write a sheet of images and their segments, print what the source holds."""
+    """Command line: write a sheet of images and their segments, print what the source holds; or check a folder."""
     parser = Parser(__doc__, out="out", data="data/coco", network=False)
-    parser.add_argument("--split", default="train2017", help="(default %(default)s)")
-    parser.add_argument("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
+    add = parser.add_argument
+    add("--split", nargs="+", metavar="NAME", help="(default train2017; with --check: every split that is there)")
+    add("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
+    add("--check", metavar="FOLDER", help="read a whole dataset and name all that is broken in it; exit code 1 if anything is")
+    add("--num_ids", type=number(int, 2, 256), default=128, help="--check: N, an image has at most N - 1 segments (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.check:
+        images, counts = check(args.check, args.split, args.num_ids, args.background or "segment", args.num_workers)
+        print(f"{args.check}: " + (", ".join(f"{k} {n}" for k, n in sorted(counts.items())) or "nothing is broken"))
+        if args.json:
+            write_json(args.json, {"images": images, "faults": counts})
+        if counts:
+            raise SystemExit(1)
+        return
+    args.split, *more = args.split or ["train2017"]
+    if more:
+        raise BadInput(f"--split {more[0]}: one name with --data; several are for --check")
     source = open_data(args.data, args.split, args.size or 64, args.seed, args.background or "segment")
     samples = [source[i] for i in random.Random(args.seed).sample(range(len(source)), min(args.limit, len(source)))]
     sheet = Path(args.out) / "data.png"

@@ -969,7 +969,7 @@ def test_bad_data_folders(tmp_path, capsys):
                        ('{"images": [], "annotations": [], "categories": []}', "val2017")):
         path.write_text(text)
         bad(word)
-    write_panoptic(tmp_path / "d")
+    write_panoptic(tmp_path / "d", count=1)                # nothing but broken images ends the training, single ones do not: see below
     png, image = tmp_path / "d" / "panoptic_val2017" / "001.png", tmp_path / "d" / "val2017" / "001.png"
     keep_png, keep_image = png.read_bytes(), image.read_bytes()
     data.write_id_png(png, np.full((30, 40), 12345))
@@ -984,6 +984,83 @@ def test_bad_data_folders(tmp_path, capsys):
     image.unlink()
     bad("001.png", "no such image")
     assert not (tmp_path / "o" / "ae.pt").exists()
+
+
+def break_panoptic(root):
+    """Eight images of which five are broken, each in a way of its own: kind -> name of the image in what --check prints."""
+    write_panoptic(root, count=8)
+    images, pngs, path = root / "val2017", root / "panoptic_val2017", root / "annotations" / "panoptic_val2017.json"
+    (images / "001.png").unlink()
+    (images / "002.png").write_bytes((images / "002.png").read_bytes()[:300])
+    data.write_id_png(pngs / "003.png", np.full((3, 4), 7))
+    ids = np.where(data.read_id_png(pngs / "004.png") == 7, 9, 0)
+    data.write_id_png(pngs / "004.png", ids)               # an id that is not listed, and two listed ones that are not there
+    (pngs / "005.png").unlink()
+    data.write_id_png(pngs / "006.png", np.zeros((30, 40)))
+    content = json.loads(path.read_text())
+    content["images"][6]["width"] = 41
+    path.write_text(json.dumps(content))
+    return ["missing image: 001.png", "undecodable image: 002.png", "size mismatch: 003.png", "id not in the JSON: 004.png", "id not in the PNG: 004.png",
+            "missing id PNG: 005.png", "empty map: 006.png", "id not in the PNG: 006.png", "id not in the PNG: 003.png", "size mismatch: 007.png",
+            "empty map: 004.png"]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_check_names_everything_that_is_broken(tmp_path, capsys, workers):
+    write_panoptic(tmp_path)
+    write_panoptic(tmp_path, split="train2017", count=2)
+    flags = ["--check", str(tmp_path), "--out", str(tmp_path), "--num_workers", workers, "--json", str(tmp_path / "r.json")]
+    data.main(flags)
+    assert "nothing is broken" in capsys.readouterr().out and json.loads((tmp_path / "r.json").read_text()) == {"images": 5, "faults": {}}
+    expected = break_panoptic(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.main(flags)
+    out = capsys.readouterr().out
+    found = [f"{l.partition(': ')[0]}: {re.search('00[0-9].png', l)[0]}" for l in out.splitlines() if ".png" in l]
+    assert stop.value.code == 1 and sorted(found) == sorted(expected) and "id not in the PNG 3" in out.splitlines()[-1]
+    assert json.loads((tmp_path / "r.json").read_text())["faults"]["size mismatch"] == 2
+    data.main(flags + ["--split", "train2017"])            # the other split is sound, unless N is small
+    with pytest.raises(SystemExit) as stop:
+        data.main(flags + ["--split", "train2017", "--num_ids", "3"])
+    assert stop.value.code == 1 and "too many segments 2" in capsys.readouterr().out
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    one_line_error(capsys, data.main, flags, "val2017/")
+    one_line_error(capsys, data.main, ["--check", str(tmp_path / "val"), "--out", str(tmp_path)], "--check", "annotations")
+
+
+def test_check_of_instances(tmp_path, capsys):
+    write_instances(tmp_path)
+    flags = ["--check", str(tmp_path), "--out", str(tmp_path), "--num_workers", "0"]
+    data.main(flags)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    good = path.read_text()
+    for old, new, kind in (("[20, 20]", "[20, 21]", "size mismatch"), ('"width": 20', '"width": 19', "size mismatch"), ("[[2, 2, 12", "[[2, 12", "bad segmentation")):
+        path.write_text(good.replace(old, new, 1))
+        with pytest.raises(SystemExit):
+            data.main(flags)
+        assert f"{kind} 1" in capsys.readouterr().out
+    (tmp_path / "val2017" / "a.png").unlink()
+    with pytest.raises(SystemExit):
+        data.main(flags)
+    assert "missing image 1" in capsys.readouterr().out
+
+
+def test_broken_images_are_left_out_of_training_and_evaluation(tmp_path, capsys):
+    break_panoptic(tmp_path)
+    source = data.open_data(str(tmp_path), "val2017")
+    a, b = (data.Training(source, 16, 8, seed=1, min_area=0) for _ in range(2))
+    b[7]
+    assert all(torch.equal(x, y) for n in range(20) for x, y in zip(a[n], b[n])) and a.broken.tolist() == [True] * 5 + [False] * 3
+    c = data.Training(source, 16, 8, seed=1, min_area=0)
+    drawn = [ids for _, ids in data.training_batches(c, 0, 5, 4, num_workers=2)]
+    assert torch.equal(torch.cat(drawn), torch.stack([a[n][1] for n in range(20)])) and torch.equal(a.broken, c.broken)    # workers tell too
+    seen = [s["image_id"] for r in range(2) for batch in data.evaluation_batches(data.Evaluation(source, 16), 2, r, 2) for s in batch]
+    assert sorted(seen) == [6, 7, 8]
+    capsys.readouterr()
+    ae.main(["--model", "small", "--num_workers", "1", "--iters", "4", "--batch_size", "4", "--size", "16", "--width", "32", "--num_ids", "8", "--out",
+             str(tmp_path / "o"), "--train_split", "val2017", "--device", "cpu", "--data", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "5 of 8 images left out" in out and all(f"{i:03}.png" in out for i in range(1, 6)) and "5 of 8 images left out of the evaluation" in err
 
 
 def set_in(*keys_and_value):
