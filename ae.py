@@ -693,6 +693,7 @@ def main(argv=None):
             data.plot(out / "ae_loss.png", curves, "iteration", "loss", log_y=True)
         if args.json:
             data.write_json(args.json, {"images": len(val_set), **percent, **stats})
+    data.say_left_out(train_set, reduce_sum(train_set.broken.double(), device))
     stop.leave(out / "ae_state.pt", args.iters)
 
 

@@ -2,6 +2,7 @@
 
     python data.py --data shapes                                  # draw a sheet of built-in scenes
     python data.py --data data/coco --split val2017               # look into a COCO-style folder
+    python data.py --check data/coco                              # read all of it, name every broken image and mask
 
 A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void), `segments_info` (as COCO has it:
 id, category_id, iscrowd, area), `image_id`, `file_name`. Sources that give it, chosen by `open_data`:
@@ -21,7 +22,9 @@ import json
 import math
 import os
 import random
+import re
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -29,12 +32,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------- errors
 
 
 class BadInput(ValueError):
-    """Something that the user gave is wrong; the message is one line: what it is, what is wrong, what to do."""
+    """Something that the user gave is wrong; the message is one line: what it is, what is wrong, what to do.
+
+    kind: for a broken image of a dataset, what `--check` counts it as."""
+
+    def __init__(self, line, kind=None):
+        super().__init__(line)
+        self.kind = kind
 
 
 def command(main):
@@ -153,6 +163,10 @@ class Shapes:
 # ------------------------------------------------------------------------------------------- folders of files
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # Pillow would run Ghostscript on others
+Image.MAX_IMAGE_PIXELS = 200_000_000  # `_open_image` refuses more; --max_pixels sets it
+
+
 def to_rgb(image):
     """PIL image of any mode -> H x W x 3 uint8: 16 and 32 bit are brought to 0..255, transparency is put on white."""
     if image.mode.startswith("I") or image.mode == "F":
@@ -167,12 +181,17 @@ def to_rgb(image):
 def _open_image(path, what, read):
     """Open a file with Pillow and `read` it, with every way in which that can fail as one line."""
     try:
-        with Image.open(path) as image:
-            return read(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                # remarks on metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # comes before anything is decoded
+            with Image.open(path, formats=FORMATS) as image:
+                return read(image)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such {what}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable {what} ({type(error).__name__}: {error})".splitlines()[0]) from None
+        raise BadInput(f"{path}: no such {what}", f"missing {what}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadInput(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; if you trust it, raise --max_pixels", f"undecodable {what}") from None
+    except Exception as error:  # a broken file can make Pillow raise almost anything
+        raise BadInput(f"{path}: not a readable {what} ({type(error).__name__}: {error})".splitlines()[0], f"undecodable {what}") from None
 
 
 def read_image(path, upright=False):
@@ -182,9 +201,16 @@ def read_image(path, upright=False):
 
 def read_id_png(path):
     """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32. Raises BadInput."""
-    mode = {"RGBA": "RGB", "CMYK": "RGB", "LA": "L", "PA": "P"}
-    raw = _open_image(path, "id PNG", lambda i: np.asarray(i.convert(mode[i.mode]) if i.mode in mode else i).astype(np.int32))
-    return raw if raw.ndim == 2 else raw[..., 0] + 256 * raw[..., 1] + 65536 * raw[..., 2]
+    def read(image):
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            image = image.convert({"LA": "L", "PA": "P", "F": "I"}.get(image.mode, "RGB"))
+        if image.mode != "RGB":
+            return np.asarray(image).astype(np.int64)
+        return (np.frombuffer(image.tobytes("raw", "RGBX"), "<i4") & 0xFFFFFF).reshape(image.height, image.width)  # four bytes a pixel
+    ids = _open_image(path, "id PNG", read)
+    if ids.min() < 0 or ids.max() >= 1 << 24:
+        raise BadInput(f"{path}: holds ids outside 0..{(1 << 24) - 1}", "undecodable id PNG")
+    return ids.astype(np.int32, copy=False)
 
 
 def write_id_png(path, ids):
@@ -194,20 +220,101 @@ def write_id_png(path, ids):
     Image.fromarray(rgb).save(path)
 
 
-def read_coco_json(path):
-    """Read a COCO JSON and check its outline. Raises BadInput."""
+# What the entries of a COCO JSON must hold: key -> test, what it must be. A file's name must lead to below its folder.
+_PLAIN = re.compile(r"(?![/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$))[^\0-\x1f\x7f\ud800-\udfff]+")
+_KEY = lambda v: type(v) in (int, str), "a whole number or a text"
+_NAME = lambda v: type(v) is str and _PLAIN.fullmatch(v), "a path without '..' below the folder"
+_SIDE = lambda v: v is None or type(v) is int and v > 0, "a whole number of at least 1"
+_AREA = lambda v: v is None or type(v) in (int, float) and v >= 0, "a number of at least 0"
+_ID = lambda v: type(v) is int and 0 < v < 1 << 24, f"a whole number in 1..{(1 << 24) - 1}"
+_CATEGORY = lambda v: type(v) is int, "a whole number"
+_CROWD = lambda v: v in (None, 0, 1), "0 or 1"
+_RULES = {
+    "image": {"id": _KEY, "file_name": _NAME, "width": _SIDE, "height": _SIDE}, "category": {"id": _CATEGORY},
+    "annotation of image": {"image_id": _KEY, "file_name": _NAME, "segments_info": (lambda v: type(v) is list, "a list of segments")},
+    "segment": {"id": _ID, "category_id": _CATEGORY, "iscrowd": _CROWD, "area": _AREA},
+    "annotation": {"id": _KEY, "image_id": _KEY, "category_id": _CATEGORY, "iscrowd": _CROWD,
+                   "segmentation": (lambda v: type(v) in (list, dict), "polygons or RLE")}}
+
+
+def _check(where, kind, entries):
+    """Check a list of a COCO JSON by `_RULES`; no two entries may share the first key. Raises BadInput, naming the entry."""
+    show = lambda v: type(v).__name__ if isinstance(v, (list, dict)) else repr(v)[:60]
+    key, seen = next(iter(_RULES[kind])), set()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise BadInput(f"{where}: {kind} {show(entry)}: must be an object")
+        for k, (fine, what) in _RULES[kind].items():
+            if not fine(entry.get(k)):
+                raise BadInput(f"{where}: {kind} {show(entry.get(key))}: {k} must be {what}, not {show(entry.get(k))}")
+        if entry[key] in seen:
+            raise BadInput(f"{where}: {kind} {show(entry[key])} is there twice")
+        seen.add(entry[key])
+
+
+def read_coco_json(path, layout):
+    """Read a COCO JSON ("panoptic" or "instances") and check all of it that is used. Raises BadInput, naming the entry."""
+    def no_number(text):
+        raise ValueError(f"{text} is no number")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=no_number)
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON ({error})") from None
-    keys = {"images": ("id", "file_name"), "annotations": ("image_id",), "categories": ("id",)}
-    for name, needed in keys.items():
-        entries = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(e, dict) and all(k in e for k in needed) for e in entries):
-            raise BadInput(f"{path}: not a COCO file: '{name}' must be a list of objects with {', '.join(needed)}")
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise BadInput(f"{path}: not a COCO file: '{name}' must be a list")
+    _check(path, "image", content["images"])
+    _check(path, "category", content["categories"])
+    _check(path, "annotation of image" if layout == "panoptic" else "annotation", content["annotations"])
+    for annotation in content["annotations"] if layout == "panoptic" else ():
+        _check(f"{path}: image {annotation['image_id']!r}", "segment", annotation["segments_info"])
     return content
+
+
+def runs(ids):
+    """An id map as runs of equal ids in reading order: value and length of each. They are few, which makes maps cheap to look up."""
+    flat = ids.reshape(-1)
+    start = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    return flat[start], np.diff(start, append=flat.size)
+
+
+def decode_segmentation(segmentation, shape):
+    """COCO's polygons or RLE -> H x W bool. Malformed ones are refused before they reach pycocotools, which would crash; any exception."""
+    if isinstance(segmentation, list):
+        from pycocotools import mask as coco_mask
+        polygons = [np.asarray(p, np.float64).reshape(-1, 2) for p in segmentation]
+        if not all((np.abs(p) <= 2 * max(shape)).all() for p in polygons):
+            raise ValueError("a polygon far outside of the image")
+        polygons = [p.ravel().tolist() for p in polygons if len(p) > 2]
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape))).astype(bool)
+    counts = segmentation["counts"]
+    if isinstance(counts, str):        # numbers of 5 bits a character, low ones first; from the fourth on, differences to the last but one
+        digits = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+        ends = np.flatnonzero(digits < 32)                                 # bit 5: the number goes on
+        starts = np.concatenate([[0], ends[:-1] + 1])
+        place = 5 * (np.arange(len(digits)) - np.repeat(starts, ends - starts + 1))
+        counts = np.add.reduceat((digits & 31) << place, starts)
+        counts -= (digits[ends] >> 4 & 1) << place[ends] + 5               # the highest bit is the sign
+        counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
+    counts = np.asarray(counts)
+    if counts.dtype.kind != "i" or counts.min() < 0 or counts.max() > shape[0] * shape[1] or counts.sum() != shape[0] * shape[1]:
+        raise ValueError("its counts do not add up to its size")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape[::-1]).T
+
+
+def _some(ids):
+    return f"{ids[0]}" + f" and {len(ids) - 1} more" * (len(ids) > 1)
+
+
+@contextlib.contextmanager
+def _collect(wrong):
+    """Put a BadInput into a list instead of raising it."""
+    try:
+        yield
+    except BadInput as error:
+        wrong.append(error)
 
 
 class Folder:
@@ -218,7 +325,7 @@ class Folder:
     endless = False
 
     def __init__(self, folder, split, background="segment"):
-        root, self.background = Path(folder), background
+        root, self.background, self.max_pixels = Path(folder), background, Image.MAX_IMAGE_PIXELS
         files = {kind: root / "annotations" / f"{kind}_{split}.json" for kind in ("panoptic", "instances")}
         found = [kind for kind, file in files.items() if file.is_file()]
         require_data(folder)
@@ -227,7 +334,7 @@ class Folder:
         if len(found) == 2 and is_main():
             print(f"{folder}: both panoptic_{split}.json and instances_{split}.json exist; using the panoptic one")
         self.layout, self.json = found[0], files[found[0]]
-        content = read_coco_json(self.json)
+        content = read_coco_json(self.json, self.layout)
         self.categories = content["categories"]
         self.images_dir = root / split
         if not self.images_dir.is_dir():
@@ -239,11 +346,6 @@ class Folder:
         if self.layout == "panoptic":
             if self.pngs is None:
                 raise BadInput(f"--data {folder}: the folder panoptic_{split}/ with the PNGs is missing")
-            for annotation in content["annotations"]:
-                segments = annotation.get("segments_info")
-                listed = isinstance(segments, list) and all(isinstance(s, dict) and isinstance(s.get("id"), int) for s in segments)
-                if not listed or "file_name" not in annotation:
-                    raise BadInput(f"{self.json}: the annotation of image {annotation['image_id']} lacks file_name or segments_info with ids")
             keep = lambda found: any(not s.get("iscrowd") for a in found for s in a["segments_info"])
         else:
             self.background_id = max([c["id"] for c in self.categories], default=0) + 1
@@ -251,7 +353,11 @@ class Folder:
             keep = lambda found: any(not a.get("iscrowd") for a in found) or background == "segment"
         # images whose segments are all crowd say nothing about segments (method: left out)
         # each item is kept as text: forked workers would copy a million little dicts just by counting references to them
-        self.items = [json.dumps((i, by_image[i["id"]])) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
+        try:
+            self.items = [json.dumps((i, by_image[i["id"]])) for i in content["images"] if i["id"] in by_image and keep(by_image[i["id"]])]
+        except RecursionError:
+            raise BadInput(f"{self.json}: nested too deep") from None
+        self.unused = len(content["images"]) - len(self.items)
         if not self.items:
             raise BadInput(f"{self.json}: no image with a usable annotation")
 
@@ -264,43 +370,75 @@ class Folder:
 
     def _find(self, file_name):
         path = self.images_dir / Path(file_name).name
-        if path.is_file():
+        if os.path.isfile(path):                                           # unlike Path's, False for any name
             return path
         # Cityscapes' own converter names X_gtFine_leftImg8bit.png what lies there as CITY/X_leftImg8bit.png
         return self._by_name.get(path.name) or self._by_name.get(path.name.replace("_gtFine_", "_")) or path
 
     def __getitem__(self, index):
-        info, annotations = json.loads(self.items[index])
-        image = read_image(self._find(info["file_name"]))
-        ids, segments = (self._panoptic if self.layout == "panoptic" else self._instances)(info, annotations, image.shape[:2])
-        return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}
+        sample, wrong = self.load(index)
+        if wrong:
+            raise wrong[0]
+        return sample
 
-    def _panoptic(self, info, annotations, shape):
+    def load(self, index):
+        """Sample `index` and a list of BadInput: all that makes it unusable. What can't be read is None in the sample."""
+        Image.MAX_IMAGE_PIXELS = self.max_pixels                           # a spawned worker knows only the default
+        info, annotations = json.loads(self.items[index])
+        image, ids, segments, wrong = None, None, [], []
+        with _collect(wrong):
+            image = read_image(self._find(info["file_name"]))
+        shape = image.shape[:2] if image is not None else (info.get("height"), info.get("width"))
+        with _collect(wrong):
+            if self.layout == "panoptic":
+                ids, segments = self._panoptic(info, annotations, shape, wrong)
+            elif None not in shape:
+                ids, segments = self._instances(info, annotations, shape)
+        return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}, wrong
+
+    def faults(self, index, num_ids):
+        """Everything that is wrong with image `index`, also what training copes with: a list of (kind, line), empty if it is sound."""
+        (sample, wrong), (info, _) = self.load(index), json.loads(self.items[index])
+        name, ids = self.images_dir / info["file_name"], sample["ids"]
+        if sample["image"] is not None:
+            height, width = sample["image"].shape[:2]
+            said = info.get("width") or width, info.get("height") or height
+            if said != (width, height):
+                wrong.append(BadInput(f"{name}: is {width} x {height} pixels, {self.json.name} says {said[0]} x {said[1]}", "size mismatch"))
+        if ids is not None:
+            there = set(np.unique(runs(ids)[0]).tolist())
+            absent = [s["id"] for s in sample["segments_info"] if s["id"] not in there]
+            count = sum(not s.get("iscrowd") and s["id"] in there for s in sample["segments_info"])
+            if absent:
+                wrong.append(BadInput(f"{name}: its mask has no pixel of segment {_some(absent)} in {self.json.name}", "id not in the PNG"))
+            if count > num_ids - 1:
+                wrong.append(BadInput(f"{name}: has {count} segments, more than N - 1 = {num_ids - 1}", "too many segments"))
+            if not count:
+                wrong.append(BadInput(f"{name}: no pixel of its mask belongs to a segment", "empty map"))
+        return [(error.kind, str(error)) for error in wrong]
+
+    def _panoptic(self, info, annotations, shape, wrong):
         path = self.pngs / Path(annotations[0]["file_name"]).name
         ids, segments = read_id_png(path), annotations[0]["segments_info"]
-        if ids.shape != shape:
-            raise BadInput(f"{path}: is {ids.shape[1]} x {ids.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}")
-        unknown = np.setdiff1d(np.unique(ids), [0] + [s["id"] for s in segments])
-        if unknown.size:
-            raise BadInput(f"{path}: holds id {unknown[0]}, which {self.json.name} does not list for image {info['id']}")
+        if ids.shape != shape and None not in shape:
+            wrong.append(BadInput(f"{path}: is {ids.shape[1]} x {ids.shape[0]} pixels, its image {info['file_name']} {shape[1]} x {shape[0]}",
+                                  "size mismatch"))
+        unlisted = sorted(set(np.unique(runs(ids)[0]).tolist()) - {0, *(s["id"] for s in segments)})
+        if unlisted:
+            wrong.append(BadInput(f"{path}: holds id {_some(unlisted)}, which {self.json.name} does not list for image {info['id']!r}",
+                                  "id not in the JSON"))
         return ids, segments
 
     def _instances(self, info, annotations, shape):
-        from pycocotools import mask as coco_mask
         crowd, masks = np.zeros(shape, bool), []
         for a in annotations:
+            rle = a["segmentation"]
+            if isinstance(rle, dict) and rle.get("size") != list(shape):
+                raise BadInput(f"{self.json}: annotation {a['id']} is not of {shape[1]} x {shape[0]} pixels as its image {info['file_name']}", "size mismatch")
             try:
-                rle = a["segmentation"]
-                if isinstance(rle, list):                                  # polygons
-                    rle = coco_mask.merge(coco_mask.frPyObjects(rle, *shape))
-                elif isinstance(rle["counts"], list):                      # uncompressed RLE
-                    rle = coco_mask.frPyObjects(rle, *rle["size"])
-                mask = coco_mask.decode(rle).astype(bool)
+                mask = decode_segmentation(rle, shape)
             except Exception as error:
-                raise BadInput(f"{self.json}: bad segmentation of annotation {a.get('id')} ({error})") from None
-            if mask.shape != shape:
-                raise BadInput(f"{self.json}: annotation {a.get('id')} is {mask.shape[1]} x {mask.shape[0]} pixels, "
-                               f"its image {info['file_name']} {shape[1]} x {shape[0]}")
+                raise BadInput(f"{self.json}: bad segmentation of annotation {a['id']} ({error})", "bad segmentation") from None
             if a.get("iscrowd"):
                 crowd |= mask
             else:
@@ -312,6 +450,27 @@ class Folder:
             ids[mask], categories[i + 2] = i + 2, category
         areas = np.bincount(ids.ravel(), minlength=len(masks) + 2)
         return ids, [{"id": i, "category_id": c, "iscrowd": 0, "area": int(areas[i])} for i, c in categories.items() if areas[i]]
+
+
+def check(folder, splits=None, num_ids=128, background="segment", num_workers=0):
+    """Read all images and masks of a folder (None: of every split that is there) and print all that is broken.
+
+    Returns the number of images and of faults by kind. Raises BadInput if a split can't be used at all."""
+    files = [*Path(folder).glob("annotations/panoptic_*.json"), *Path(folder).glob("annotations/instances_*.json")]
+    splits = splits or sorted({f.stem.partition("_")[2] for f in files})
+    if not splits:
+        raise BadInput(f"--check {folder}: no annotations/panoptic_NAME.json or annotations/instances_NAME.json there")
+    from torch.utils.data import DataLoader
+    images, counts = 0, {}
+    for split, source in [(s, Folder(folder, s, background)) for s in splits]:                 # structural faults come first
+        read = functools.partial(source.faults, num_ids=num_ids)           # runs in the workers
+        found = DataLoader(range(len(source)), batch_size=None, collate_fn=read, num_workers=num_workers)
+        for kind, line in (fault for faults in tqdm(found, split, unit="image", mininterval=1) for fault in faults):
+            tqdm.write(f"{kind}: {line}")
+            counts[kind] = counts.get(kind, 0) + 1
+        print(f"{split}: {len(source)} images read; {source.unused} others have no annotation, or only of crowd, and are not used")
+        images += len(source)
+    return images, counts
 
 
 def require_data(name):
@@ -375,10 +534,10 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
 
 
 @functools.cache
-def say_once(line):
-    """Print a line once: on rank 0, and there in the first of its data loader workers only."""
+def say_once(line, every_rank=False):
+    """Print a line once: on rank 0 (or on every one), and there in the first of its data loader workers only."""
     worker = torch.utils.data.get_worker_info()
-    if is_main() and (worker is None or worker.id == 0):
+    if (is_main() or every_rank) and (worker is None or worker.id == 0):
         print(line, file=sys.stderr)
 
 
@@ -386,7 +545,8 @@ class Training(torch.utils.data.Dataset):
     """Sample n of an endless training stream (paper 4.1): square resize, horizontal flip, random distinct ids.
 
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
-    draws the same one, which makes runs reproducible over workers and resumable in mid-epoch.
+    draws the same one, which makes runs reproducible over workers and resumable in mid-epoch. In place of an image that
+    can't be read comes another one, which follows from (seed, n) too; `say_left_out` lists them.
     Gives image (3 x size x size, uint8) and ids (size x size, uint8, 0 = void, others distinct in 1..num_ids-1), and with
     `classes` the class of each id (num_ids, int64): its category's place in source.categories, -1 where there is none."""
 
@@ -394,12 +554,29 @@ class Training(torch.utils.data.Dataset):
         self.source, self.size, self.num_ids, self.seed = source, size, num_ids, seed
         self.flip, self.min_area, self.epoch = flip, min_area, None
         self.classes = {c["id"]: i for i, c in enumerate(source.categories)} if classes else None
+        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()               # shared with the workers, which fill it
+
+    def _sample(self, index, n):
+        """Item `index` of the source, or what takes its place. Raises BadInput if nothing in it can be read."""
+        try:
+            return self.source[index]
+        except BadInput as error:
+            first, self.broken[index] = error, True
+        for other in np.random.default_rng((self.seed, 5, n)).permutation(len(self.source)).tolist():
+            try:
+                sample = self.source[other]
+            except BadInput:
+                self.broken[other] = True
+            else:
+                say_once(f"note: {first}; another image takes its place")
+                return sample
+        raise BadInput(f"{first}; nor can any other of the {len(self.source)} images be used")
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.source))
         if epoch != self.epoch:  # every epoch has its own order
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
-        sample = self.source[n if self.source.endless else int(self.order[position])]
+        sample = self._sample(n if self.source.endless else int(self.order[position]), n)
         rng = np.random.default_rng((self.seed, 2, n))
         new_id = {}
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area, new_id)
@@ -415,8 +592,20 @@ class Training(torch.utils.data.Dataset):
         return to_tensor(image), torch.from_numpy(ids.copy()), classes
 
 
+def say_left_out(dataset, broken):
+    """At the end of a training: rank 0 prints which images of a Training could not be read. broken: its `broken` over all ranks."""
+    indices = np.flatnonzero(broken)
+    if is_main() and len(indices):
+        print(f"{len(indices)} of {len(dataset.source)} images left out, others took their place:")
+        for index in indices.tolist():
+            try:
+                print(f"  {dataset.source[index]['file_name']}: could not be read at first")
+            except BadInput as error:
+                print(f"  {error}")
+
+
 class Evaluation(torch.utils.data.Dataset):
-    """The sample as it is, plus `input`: its image at the network's size (3 x size x size, uint8)."""
+    """The sample as it is, plus `input`: its image at the network's size (3 x size x size, uint8). A broken one is a BadInput."""
 
     def __init__(self, source, size, limit=None):
         self.source, self.size, self.length = source, size, min(limit or len(source), len(source))
@@ -425,7 +614,10 @@ class Evaluation(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        sample = self.source[index]
+        try:
+            sample = self.source[index]
+        except BadInput as error:
+            return error
         return {**sample, "input": to_tensor(resize_image(sample["image"], self.size))}
 
 
@@ -442,11 +634,22 @@ def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1,
 
 
 def evaluation_batches(dataset, batch_size, rank=0, world=1, num_workers=0):
-    """Iterate over lists of samples; rank r takes every world-th one, so that each is seen exactly once."""
-    mine = list(range(rank, len(dataset), world))
-    return torch.utils.data.DataLoader(
+    """Iterate over lists of samples; rank r takes every world-th one, so that each is seen exactly once.
+
+    Broken images are left out, which is said at the end. Raises BadInput if one process finds nothing but those."""
+    mine, broken = list(range(rank, len(dataset), world)), []
+    loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=[mine[i:i + batch_size] for i in range(0, len(mine), batch_size)],
         collate_fn=list, num_workers=num_workers)
+    for batch in loader:
+        broken += [s for s in batch if isinstance(s, BadInput)]
+        good = [s for s in batch if not isinstance(s, BadInput)]
+        if good:
+            yield good
+    if broken and world == 1 and len(broken) == len(mine):
+        raise BadInput(f"{broken[0]}; nor can any other of the {len(mine)} images be used")
+    if broken:
+        say_once(f"note: {len(broken)} of {len(mine)} images left out of the evaluation: " + "; ".join(map(str, broken)), every_rank=True)
 
 
 ENCODINGS = ("bits", "rgb", "onehot", "positional")
@@ -508,10 +711,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=natural, default=0, help="seed of everything random (default %(default)s)")
         self.add_argument("--out", default=out, help="folder to write to (default %(default)s)")
         self.add_argument("--json", help="also write the printed figures to this file")
+        self.add_argument("--max_pixels", type=positive, default=200_000_000, help="images of more are refused as bombs (default %(default)s)")
+        self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
+                          help="data loader processes of each rank (default %(default)s)")
         if network:
             self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
-            self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
-                              help="data loader processes of each rank (default %(default)s)")
             self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):
@@ -521,6 +725,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None):
         """Parse, and make sure before any work that --out and --json can be written. Raises BadInput, OSError."""
         parsed = super().parse_args(args)
+        Image.MAX_IMAGE_PIXELS = parsed.max_pixels
         if is_main():
             Path(parsed.out).mkdir(parents=True, exist_ok=True)
             if parsed.json:
@@ -626,11 +831,25 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
 
 @command
 def main(argv=None):
-    """Command line: write a sheet of images and their segments, print what the source holds."""
+    """Command line: write a sheet of images and their segments, print what the source holds; or check a folder."""
     parser = Parser(__doc__, out="out", data="data/coco", network=False)
-    parser.add_argument("--split", default="train2017", help="(default %(default)s)")
-    parser.add_argument("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
+    add = parser.add_argument
+    add("--split", nargs="+", metavar="NAME", help="(default train2017; with --check: every split that is there)")
+    add("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
+    add("--check", metavar="FOLDER", help="read a whole dataset and name all that is broken in it; exit code 1 if anything is")
+    add("--num_ids", type=number(int, 2, 256), default=128, help="--check: N, an image has at most N - 1 segments (default %(default)s)")
     args = parser.parse_args(argv)
+    if args.check:
+        images, counts = check(args.check, args.split, args.num_ids, args.background or "segment", args.num_workers)
+        print(f"{args.check}: " + (", ".join(f"{k} {n}" for k, n in sorted(counts.items())) or "nothing is broken"))
+        if args.json:
+            write_json(args.json, {"images": images, "faults": counts})
+        if counts:
+            raise SystemExit(1)
+        return
+    args.split, *more = args.split or ["train2017"]
+    if more:
+        raise BadInput(f"--split {more[0]}: one name with --data; several are for --check")
     source = open_data(args.data, args.split, args.size or 64, args.seed, args.background or "segment")
     samples = [source[i] for i in random.Random(args.seed).sample(range(len(source)), min(args.limit, len(source)))]
     sheet = Path(args.out) / "data.png"

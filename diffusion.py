@@ -677,6 +677,7 @@ def main(argv=None):
         if args.export:
             ae.save(args.export, checkpoint(torch.float16))
             print(f"wrote {args.export} ({Path(args.export).stat().st_size / 1e6:.1f} MB)")
+    data.say_left_out(train_set, ae.reduce_sum(train_set.broken.double(), device))
     stop.leave(out / "ldm_state.pt", args.iters)
 
 

@@ -11,7 +11,9 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from PIL import Image
 
 VOID = 0
 OBJECT = [{"id": 1, "name": "object", "isthing": 1}]
+Image.MAX_IMAGE_PIXELS = 200_000_000  # `_ids` refuses more; --max_pixels sets it
+_PLAIN = re.compile(r"(?![/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$))[^\0-\x1f\x7f\ud800-\udfff]+")  # a name that leads to below its folder
 
 
 class BadInput(ValueError):
@@ -134,57 +138,93 @@ def table(result):
 
 
 def _read(path):
+    """A COCO panoptic JSON -> {image_id: (file_name, segments_info)} and its categories, unchecked. Raises BadInput, naming the entry."""
+    def need(fine, line, *values):
+        if not fine:
+            raise BadInput(f"{path}: " + line.format(*(type(v).__name__ if isinstance(v, (list, dict)) else repr(v)[:60] for v in values)))
+    def no_number(text):
+        raise ValueError(f"{text} is no number")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        annotations = {a["image_id"]: (a["file_name"], a["segments_info"]) for a in content["annotations"]}
-        if not all(isinstance(f, str) and all(isinstance(s["id"], int) for s in segments) for f, segments in annotations.values()):
-            raise TypeError("segments_info")
-        return annotations, content.get("categories")
+        content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=no_number)
     except OSError as error:
         raise BadInput(f"{path}: can't be read ({error.strerror})") from None
-    except (KeyError, TypeError, AttributeError):
-        raise BadInput(f"{path}: not a COCO panoptic file (no annotations with image_id, file_name and segments_info)") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON ({error})") from None
+    objects = lambda v: isinstance(v, list) and all(isinstance(e, dict) for e in v)
+    need(isinstance(content, dict) and objects(content.get("annotations")), "not a COCO panoptic file: 'annotations' must be a list of objects")
+    annotations = {}
+    for a in content["annotations"]:
+        image_id, name, segments = a.get("image_id"), a.get("file_name"), a.get("segments_info")
+        need(type(image_id) in (int, str), "image_id must be a whole number or a text, not {}", image_id)
+        need(image_id not in annotations, "image {} is there twice", image_id)
+        need(isinstance(name, str) and _PLAIN.fullmatch(name), "image {}: file_name must be a path without '..' below the folder, not {}", image_id, name)
+        need(objects(segments), "image {}: segments_info must be a list of segments", image_id)
+        for s in segments:
+            i, category, crowd = s.get("id"), s.get("category_id"), s.get("iscrowd")
+            need(type(i) is int and 0 < i < 1 << 24, "image {}: a segment's id must be a whole number in 1..16777215, not {}", image_id, i)
+            need(category is None or type(category) is int, "image {}: category_id of segment {} must be a whole number, not {}", image_id, i, category)
+            need(crowd in (None, 0, 1), "image {}: iscrowd of segment {} must be 0 or 1, not {}", image_id, i, crowd)
+        need(len({s["id"] for s in segments}) == len(segments), "image {}: a segment id is listed twice", image_id)
+        annotations[image_id] = name, segments
+    return annotations, content.get("categories")
 
 
 def _ids(folder, name):
+    """Read a PNG as H x W ids: id = R + 256 G + 65536 B, or a single channel. Raises BadInput."""
     path = Path(folder) / name
     try:
-        with Image.open(path) as image:
-            rgb = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "P") else image).astype(np.int64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                # remarks on metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # comes before anything is decoded
+            with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")) as image:
+                if image.mode not in ("1", "L") and not image.mode.startswith("I"):
+                    image = image.convert({"LA": "L", "F": "I"}.get(image.mode, "RGB"))
+                if image.mode != "RGB":
+                    return np.asarray(image).astype(np.int32)
+                return (np.frombuffer(image.tobytes("raw", "RGBX"), "<i4") & 0xFFFFFF).reshape(image.height, image.width)  # four bytes a pixel
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise BadInput(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; if you trust it, raise --max_pixels") from None
     except Exception as error:
         raise BadInput(f"{path}: no readable PNG ({type(error).__name__})") from None
-    return rgb if rgb.ndim == 2 else rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
 
 
 def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
     """Evaluate two COCO panoptic JSON files; PNG folders default to the JSON's path without `.json`. Raises BadInput."""
     truth, categories = _read(gt)
     predictions, _ = _read(pred)
-    if not class_agnostic and not (isinstance(categories, list) and all(isinstance(c, dict) and "id" in c for c in categories)):
-        raise BadInput(f"{gt}: no list of categories; add --class_agnostic to do without")
+    if not class_agnostic:
+        if not isinstance(categories, list) or not all(isinstance(c, dict) and type(c.get("id")) is int for c in categories):
+            raise BadInput(f"{gt}: no list of categories with whole numbers as id; add --class_agnostic to do without")
+        if len({c["id"] for c in categories}) < len(categories):
+            raise BadInput(f"{gt}: lists a category twice; add --class_agnostic to do without")
     gt_dir, pred_dir = gt_dir or str(gt).removesuffix(".json"), pred_dir or str(pred).removesuffix(".json")
     quality = PanopticQuality(None if class_agnostic else categories)
     for image_id, (name, segments) in truth.items():
         if image_id not in predictions:
-            quality.missed(segments, f"image {image_id}")
+            quality.missed(segments, f"image {image_id!r}")
             continue
         pred_name, pred_segments = predictions[image_id]
-        quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, pred_name), pred_segments, f"image {image_id}")
+        quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, pred_name), pred_segments, f"image {image_id!r}")
     return quality.result()
 
 
 def command(main):
-    """Make `main(argv)` end on BadInput with one line on stderr and exit code 2 instead of a traceback."""
+    """Make `main(argv)` end on BadInput, or a file that can't be written, with one line on stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             print(f"pq.py: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
     return run
+
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not '{text}'")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -205,7 +245,11 @@ def main(argv=None):
     parser.add_argument("--pred_dir", help="its PNGs (default: the JSON's path without .json)")
     parser.add_argument("--class_agnostic", action="store_true", help="every category counts as one")
     parser.add_argument("--json", help="also write the result, as fractions, to this file")
+    parser.add_argument("--max_pixels", type=positive, default=200_000_000, help="images of more are refused as bombs (default %(default)s)")
     args = parser.parse_args(argv)
+    Image.MAX_IMAGE_PIXELS = args.max_pixels
+    if args.json and Path(args.json).is_dir():
+        raise BadInput(f"--json {args.json}: is a folder; give a file")
     result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic)
     print(table(result))
     if args.json:

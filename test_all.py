@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,6 +236,16 @@ def test_panoptic_layouts(tmp_path, layout):
         assert np.array_equal(sample_["image"], image) and np.array_equal(sample_["ids"], ids)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 30), (64, 50)])
+def test_rle_equals_pycocotools(shape):
+    from pycocotools import mask as coco_mask
+    rng = np.random.default_rng(0)
+    for density in (0, 0.02, 0.5, 0.98, 1):
+        mask = rng.random(shape) < density
+        rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+        assert np.array_equal(data.decode_segmentation({"size": list(shape), "counts": rle["counts"].decode()}, shape), mask)
+
+
 def write_instances(root, split="val2017"):
     from pycocotools import mask as coco_mask
     (root / "annotations").mkdir(parents=True, exist_ok=True)
@@ -305,6 +316,66 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "x.jpg", exif=exif)
     assert data.read_image(tmp_path / "x.jpg", upright=True).shape == (40, 20, 3)
+
+
+def write_odd_panoptic(root):
+    """A dataset of one image of each odd kind; returns the sizes of its images."""
+    exif = Image.new("RGB", (1, 1)).getexif()
+    exif[0x0112] = 6                                       # masks are in the file's own orientation: datasets don't rotate
+    deep, clear = np.arange(800, dtype=np.uint16).reshape(20, 40) * 80, Image.new("P", (40, 20))
+    clear.putpalette([200, 0, 0] * 256)
+    clear.info["transparency"] = 0
+    odd = {"turned.jpg": Image.new("RGB", (40, 20)), "cmyk.jpg": Image.new("CMYK", (9, 7)), "grey.jpg": Image.new("L", (9, 7)), "palette.gif": clear,
+           "deep.png": Image.fromarray(deep), "alpha.webp": Image.new("RGBA", (9, 7)), "dot.png": Image.new("1", (1, 1)),
+           "wide.png": Image.new("RGB", (20_000, 2)), "high.png": Image.fromarray(np.zeros((20_000, 1), np.uint16))}
+    for d in ("annotations", "panoptic_val2017", "val2017"):
+        (root / d).mkdir(parents=True, exist_ok=True)
+    content = {"images": [], "annotations": [], "categories": [{"id": 1}]}
+    for i, (name, image) in enumerate(odd.items()):
+        image.save(root / "val2017" / name, **({"exif": exif} if name == "turned.jpg" else {}))
+        data.write_id_png(root / "panoptic_val2017" / f"{name}.png", np.full(image.size[::-1], 70_000 + i))
+        content["images"].append({"id": name, "file_name": name})
+        content["annotations"].append({"image_id": name, "file_name": f"{name}.png", "segments_info": [{"id": 70_000 + i, "category_id": 1}]})
+    (root / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
+    return {name: image.size for name, image in odd.items()}
+
+
+def test_odd_images_train_and_evaluate(tmp_path):
+    sizes = write_odd_panoptic(tmp_path)
+    source = data.open_data(str(tmp_path), "val2017")
+    assert {s["file_name"]: s["image"].shape[1::-1] for s in data.Evaluation(source, 16)} == sizes and len(sizes) == 9
+    for n in range(9):
+        image, ids = data.Training(source, 16, 8, min_area=0)[n]
+        assert image.shape == (3, 16, 16) and ids.shape == (16, 16) and len(ids.unique()) == 1 and ids[0, 0] > 0
+
+
+def write_bomb(path, width, height):
+    """The head of a PNG without any pixels: whoever decodes it fails in another way than who looks at its size."""
+    head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\r" + head + zlib.crc32(head).to_bytes(4, "big") + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+
+
+def test_image_bombs_are_refused_before_decoding(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000_000)
+    for width, height, word in ((10_000, 20_000, "not a readable"), (10_001, 20_000, "--max_pixels"), (60_000, 60_000, "--max_pixels")):
+        write_bomb(tmp_path / "bomb.png", width, height)   # below the limit, at which Pillow itself would warn or raise, it is a broken file
+        for read in (data.read_image, data.read_id_png):
+            with pytest.raises(data.BadInput, match=f"bomb.png.*{word}"):
+                read(tmp_path / "bomb.png")
+    write_panoptic(tmp_path)
+    flags = ["--data", str(tmp_path), "--split", "val2017", "--out", str(tmp_path)]
+    data.main(flags + ["--max_pixels", "1200"])
+    one_line_error(capsys, data.main, flags + ["--max_pixels", "1199"], ".png", "1,199 pixels", "--max_pixels")
+    flags = [f for k in ("gt", "pred") for f in (f"--{k}", str(tmp_path / "annotations/panoptic_val2017.json"), f"--{k}_dir", str(tmp_path / "panoptic_val2017"))]
+    pq.main(flags + ["--max_pixels", "1200"])
+    one_line_error(capsys, pq.main, flags + ["--max_pixels", "1199"], "001.png", "--max_pixels")
+
+
+def test_only_formats_without_programs_in_them_are_opened(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    assert Image.open(tmp_path / "x.jpg").format == "EPS"  # Pillow would hand it to Ghostscript
+    with pytest.raises(data.BadInput, match="x.jpg: not a readable image"):
+        data.read_image(tmp_path / "x.jpg")
 
 
 # -------------------------------------------------------------------------------------------------------- pq.py
@@ -1326,7 +1397,7 @@ def test_bad_data_folders(tmp_path, capsys):
                        ('{"images": [], "annotations": [], "categories": []}', "val2017")):
         path.write_text(text)
         bad(word)
-    write_panoptic(tmp_path / "d")
+    write_panoptic(tmp_path / "d", count=1)                # nothing but broken images ends the training, single ones do not: see below
     png, image = tmp_path / "d" / "panoptic_val2017" / "001.png", tmp_path / "d" / "val2017" / "001.png"
     keep_png, keep_image = png.read_bytes(), image.read_bytes()
     data.write_id_png(png, np.full((30, 40), 12345))
@@ -1341,6 +1412,135 @@ def test_bad_data_folders(tmp_path, capsys):
     image.unlink()
     bad("001.png", "no such image")
     assert not (tmp_path / "o" / "ae.pt").exists()
+
+
+def break_panoptic(root):
+    """Eight images of which five are broken, each in a way of its own: kind -> name of the image in what --check prints."""
+    write_panoptic(root, count=8)
+    images, pngs, path = root / "val2017", root / "panoptic_val2017", root / "annotations" / "panoptic_val2017.json"
+    (images / "001.png").unlink()
+    (images / "002.png").write_bytes((images / "002.png").read_bytes()[:300])
+    data.write_id_png(pngs / "003.png", np.full((3, 4), 7))
+    ids = np.where(data.read_id_png(pngs / "004.png") == 7, 9, 0)
+    data.write_id_png(pngs / "004.png", ids)               # an id that is not listed, and two listed ones that are not there
+    (pngs / "005.png").unlink()
+    data.write_id_png(pngs / "006.png", np.zeros((30, 40)))
+    content = json.loads(path.read_text())
+    content["images"][6]["width"] = 41
+    path.write_text(json.dumps(content))
+    return ["missing image: 001.png", "undecodable image: 002.png", "size mismatch: 003.png", "id not in the JSON: 004.png", "id not in the PNG: 004.png",
+            "missing id PNG: 005.png", "empty map: 006.png", "id not in the PNG: 006.png", "id not in the PNG: 003.png", "size mismatch: 007.png",
+            "empty map: 004.png"]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_check_names_everything_that_is_broken(tmp_path, capsys, workers):
+    write_panoptic(tmp_path)
+    write_panoptic(tmp_path, split="train2017", count=2)
+    flags = ["--check", str(tmp_path), "--out", str(tmp_path), "--num_workers", workers, "--json", str(tmp_path / "r.json")]
+    data.main(flags)
+    assert "nothing is broken" in capsys.readouterr().out and json.loads((tmp_path / "r.json").read_text()) == {"images": 5, "faults": {}}
+    expected = break_panoptic(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.main(flags)
+    out = capsys.readouterr().out
+    found = [f"{l.partition(': ')[0]}: {re.search('00[0-9].png', l)[0]}" for l in out.splitlines() if ".png" in l]
+    assert stop.value.code == 1 and sorted(found) == sorted(expected) and "id not in the PNG 3" in out.splitlines()[-1]
+    assert json.loads((tmp_path / "r.json").read_text())["faults"]["size mismatch"] == 2
+    data.main(flags + ["--split", "train2017"])            # the other split is sound, unless N is small
+    with pytest.raises(SystemExit) as stop:
+        data.main(flags + ["--split", "train2017", "--num_ids", "3"])
+    assert stop.value.code == 1 and "too many segments 2" in capsys.readouterr().out
+    (tmp_path / "val2017").rename(tmp_path / "elsewhere")
+    one_line_error(capsys, data.main, flags, "val2017/")
+    one_line_error(capsys, data.main, ["--check", str(tmp_path / "val"), "--out", str(tmp_path)], "--check", "annotations")
+
+
+def test_check_of_instances(tmp_path, capsys):
+    write_instances(tmp_path)
+    flags = ["--check", str(tmp_path), "--out", str(tmp_path), "--num_workers", "0"]
+    data.main(flags)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    good = path.read_text()
+    for old, new, kind in (("[20, 20]", "[20, 21]", "size mismatch"), ('"width": 20', '"width": 19', "size mismatch"), ("[[2, 2, 12", "[[2, 12", "bad segmentation")):
+        path.write_text(good.replace(old, new, 1))
+        with pytest.raises(SystemExit):
+            data.main(flags)
+        assert f"{kind} 1" in capsys.readouterr().out
+    (tmp_path / "val2017" / "a.png").unlink()
+    with pytest.raises(SystemExit):
+        data.main(flags)
+    assert "missing image 1" in capsys.readouterr().out
+
+
+def test_broken_images_are_left_out_of_training_and_evaluation(tmp_path, capsys):
+    break_panoptic(tmp_path)
+    source = data.open_data(str(tmp_path), "val2017")
+    a, b = (data.Training(source, 16, 8, seed=1, min_area=0) for _ in range(2))
+    b[7]
+    assert all(torch.equal(x, y) for n in range(20) for x, y in zip(a[n], b[n])) and a.broken.tolist() == [True] * 5 + [False] * 3
+    c = data.Training(source, 16, 8, seed=1, min_area=0)
+    drawn = [ids for _, ids in data.training_batches(c, 0, 5, 4, num_workers=2)]
+    assert torch.equal(torch.cat(drawn), torch.stack([a[n][1] for n in range(20)])) and torch.equal(a.broken, c.broken)    # workers tell too
+    seen = [s["image_id"] for r in range(2) for batch in data.evaluation_batches(data.Evaluation(source, 16), 2, r, 2) for s in batch]
+    assert sorted(seen) == [6, 7, 8]
+    capsys.readouterr()
+    ae.main(["--model", "small", "--num_workers", "1", "--iters", "4", "--batch_size", "4", "--size", "16", "--width", "32", "--num_ids", "8", "--out",
+             str(tmp_path / "o"), "--train_split", "val2017", "--device", "cpu", "--data", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "5 of 8 images left out" in out and all(f"{i:03}.png" in out for i in range(1, 6)) and "5 of 8 images left out of the evaluation" in err
+
+
+def set_in(*keys_and_value):
+    """A function that sets content[key1][key2]... to a value."""
+    *keys, last, value = keys_and_value
+    def change(content):
+        for k in keys:
+            content = content[k]
+        content[last] = value
+    return change
+
+
+@pytest.mark.parametrize("where, value, word", [
+    ("segment id", 2 ** 24, "16777216"), ("segment id", -1, "-1"), ("segment id", 0, "0"), ("segment id", 7.0, "7.0"), ("segment id", True, "True"),
+    ("segment id", None, "None"), ("segment id", [7], "list"), ("segment id", 300, "twice"), ("segment category_id", {}, "category_id"),
+    ("segment iscrowd", "0", "iscrowd"), ("segment area", -5, "area"), ("segment", 3, "segment"), ("segments_info", None, "segments_info"),
+    ("annotation", "x", "object"), ("annotation image_id", [1], "image_id"), ("annotation image_id", 2, "2"), ("annotation image_id", None, "image_id"),
+    ("annotation file_name", "/etc/001.png", "/etc/001.png"), ("annotation file_name", "a/../001.png", ".."), ("annotation file_name", "..\\001.png", ".."),
+    ("annotation file_name", "C:\\001.png", "C:"), ("annotation file_name", 5, "5"), ("annotation file_name", "a\nb", "file_name"), ("annotation file_name", "", "file_name"),
+    ("image id", 1.5, "1.5"), ("image id", 2, "twice"), ("image id", False, "False"), ("image file_name", "../001.png", ".."), ("image file_name", None, "file_name"),
+    ("image width", -40, "-40"), ("image height", 0, "height"), ("image height", 30.5, "30.5"), ("image", [], "object"), ("category id", "1", "categor"),
+    ("category id", 2, "2"), ("annotation text", float("nan"), "NaN"), ("annotation text", float("-inf"), "Infinity"), ("raw", b'{"a":' * 100_000, "JSON"),
+    ("raw", b"\xff\xfe{", "JSON"), ("raw", b'{"images": 9e999999}', "not a COCO"), ("raw", b"9" * 5000, "JSON"), ("raw", b"null", "not a COCO")])
+def test_absurd_json_is_one_line(tmp_path, capsys, where, value, word):
+    write_panoptic(tmp_path)
+    path, folder = tmp_path / "annotations" / "panoptic_val2017.json", str(tmp_path / "panoptic_val2017")
+    content, (kind, *key) = json.loads(path.read_text()), where.split()
+    place = {"segment": ("annotations", 0, "segments_info", 0), "segments_info": ("annotations", 0, "segments_info"), "annotation": ("annotations", 0),
+             "image": ("images", 0), "category": ("categories", 0), "raw": ()}[kind]
+    if kind != "raw":
+        set_in(*place, *key, value)(content)
+    good = path.read_bytes()
+    path.write_bytes(value if kind == "raw" else json.dumps(content).encode())
+    one_line_error(capsys, data.main, ["--data", str(tmp_path), "--split", "val2017", "--out", str(tmp_path / "o")], path.name, word)
+    if kind != "image" and where != "segment area":        # which pq.py does not look at
+        (tmp_path / "good.json").write_bytes(good)
+        one_line_error(capsys, pq.main, ["--gt", str(path), "--gt_dir", folder, "--pred", str(tmp_path / "good.json"), "--pred_dir", folder], path.name, word)
+
+
+@pytest.mark.parametrize("segmentation, word", [
+    ({"size": [20, 20], "counts": [5]}, "add up"), ({"size": [20, 20], "counts": [-5, 405]}, "add up"), ({"size": [20, 20], "counts": [0, 2 ** 62, 2 ** 62]}, "add up"),
+    ({"size": [10 ** 6, 10 ** 6], "counts": [0, 10 ** 12]}, "20 x 20"), ({"size": [20, 20], "counts": "zzz"}, "7"), ({"size": [20, 20]}, "counts"),
+    ([[1e9, 0, 0, 1e9, 5, 5]], "far outside"), ([[float("inf")] * 6], "JSON"), ([[1, 2, 3, 4]], "7"), ([[1, 2, 3, 4, 5, 6, 7]], "7"), ([["a"] * 6], "7"), ([], "7")])
+def test_malformed_segmentations_never_reach_c(tmp_path, segmentation, word):
+    """Some of these crash pycocotools or make it return uninitialised memory."""
+    write_instances(tmp_path)
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0].update(id=7, segmentation=segmentation)
+    path.write_text(json.dumps(content))
+    with pytest.raises(data.BadInput, match=f"instances_val2017.json.*{word}"):
+        data.open_data(str(tmp_path), "val2017")[0]
 
 
 def test_bad_checkpoints(tmp_path, trained, capsys):
