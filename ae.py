@@ -351,6 +351,33 @@ def save(path, content):
     os.replace(temporary, path)
 
 
+# What a checkpoint of each kind must hold; its parts are checked where they are used, inside `fitting`.
+ENTRIES = {"ae": ("autoencoder", "weights", "settings"), "ldm": ("weights", "settings"),
+           "ae_state": ("flags", "weights", "optimizer", "iteration"), "ldm_state": ("flags", "settings", "unet", "optimizer", "iteration")}
+
+
+@contextlib.contextmanager
+def fitting(path):
+    """Turn whatever goes wrong when a checkpoint's content is put to use into BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[-1].strip()[:150]
+        raise BadInput(f"{path}: its weights and settings don't fit together ({type(error).__name__}: {reason}): it is damaged or foreign") from None
+
+
+def fill(build, weights):
+    """The module that `build()` makes, with these weights, in float32 and eval mode.
+
+    It is built without memory of its own: hostile settings can't ask for more than the file holds."""
+    with torch.device("meta"):
+        model = build()
+    model.load_state_dict({k: v.to(torch.float32, copy=True) if v.is_floating_point() else v for k, v in weights.items()}, assign=True)
+    return model.eval()
+
+
 class Inert:
     """Stands in for whatever class a foreign file names: takes any arguments and any state, and runs nothing."""
 
@@ -399,17 +426,20 @@ def load(path, kind):
         raise BadInput(f"{path}: not a readable checkpoint (cut short, foreign, or holding more than tensors)") from None
     if (found, kind) == ("ldm", "ae"):                                     # stage 2's checkpoint holds stage 1
         found = "ae"
-        if entries.get("kind"):
-            weights = {k.removeprefix("autoencoder."): v for k, v in content["weights"].items() if k.startswith("autoencoder.")}
-            content = {"kind": "ae", "autoencoder": content["settings"]["autoencoder"], "weights": weights, "settings": content["settings"]}
-        else:
-            content = {"vae": content["vae_semseg"]}
+        with fitting(path):
+            if entries.get("kind"):
+                weights = {k.removeprefix("autoencoder."): v for k, v in content["weights"].items() if k.startswith("autoencoder.")}
+                content = {"kind": "ae", "autoencoder": content["settings"]["autoencoder"], "weights": weights, "settings": content["settings"]}
+            else:
+                content = {"vae": content["vae_semseg"]}
     if found != kind:
         raise BadInput(f"{path}: is {'a checkpoint of kind ' + repr(found) if found else 'no checkpoint of this project'}, needed is {kind!r}")
-    try:
-        return content if content.get("kind") else FROM_RELEASE[kind](content)
-    except (AttributeError, IndexError, KeyError, StopIteration, TypeError) as error:
-        raise BadInput(f"{path}: has the entries of the authors' release, but not its layout ({type(error).__name__} {error})") from None
+    with fitting(path):
+        content = content if content.get("kind") else FROM_RELEASE[kind](content)
+        missing = [name for name in ENTRIES[kind] if not isinstance(content.get(name), int if name == "iteration" else dict)]
+        if missing:
+            raise BadInput(f"{path}: is not complete: it has no {missing[0]}")
+    return content
 
 
 def load_autoencoder(path):
@@ -424,12 +454,8 @@ def load_autoencoder(path):
 
 def build_autoencoder(content, path):
     """Autoencoder from a checkpoint's `autoencoder` (its own settings) and `weights`. Raises BadInput."""
-    try:
-        model = Autoencoder(**content["autoencoder"])
-        model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-    except (RuntimeError, ValueError) as error:
-        raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
-    return model.eval()
+    with fitting(path):
+        return fill(lambda: Autoencoder(**content["autoencoder"]), content["weights"])
 
 
 def log(path, **entry):
@@ -461,7 +487,9 @@ FREE = {"resume", "iters", "out", "json", "export", "device", "num_workers", "lo
 def load_state(path, kind, args):
     """The state that --resume continues from. Raises BadInput if it was a run with other flags, naming the first."""
     state = load(path, kind)
-    for name, value in state["flags"].items():
+    with fitting(path):
+        started = state["flags"].items()
+    for name, value in started:
         if getattr(args, name, None) != value:
             raise BadInput(f"--resume: the run in {path} has --{name} {value}, not {getattr(args, name, None)}: give the flags that it was "
                            "started with, or start a new run from its weights with --ckpt")
@@ -501,8 +529,9 @@ def parse(parser, models, argv, kind):
     stored = {}
     if args.ckpt:
         content = load(args.ckpt, kind)
-        stored = {**content["settings"], **content.get("autoencoder", {})}
-        stored.pop("self_cond", None)                                      # there a yes or no, here a share
+        with fitting(args.ckpt):
+            stored = {**content["settings"], **content.get("autoencoder", {})}
+            stored.pop("self_cond", None)                                  # there a yes or no, here a share
     args.model = args.model or stored.get("model") or "sd"
     fallback = {"data": "data/coco", "train_split": "train2017", "val_split": "val2017", "background": "segment", **models[args.model], **stored}
     for name, value in vars(args).items():
@@ -594,11 +623,12 @@ def main(argv=None):
     out, start, best, skipped = Path(args.out), 0, -1.0, torch.zeros(2, device=device)
     if args.resume:
         state = load_state(out / "ae_state.pt", "ae_state", args)
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, best = state["iteration"], state["best"]
-        skipped.add_(torch.tensor(state["skipped"]).to(device))
+        with fitting(out / "ae_state.pt"):
+            model.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            start, best = state["iteration"], state["best"]
+            skipped.add_(torch.tensor(state["skipped"]).to(device))
     checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
                           "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model")}}
     if is_main():

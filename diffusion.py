@@ -55,7 +55,7 @@ class DDIM:
 
     def __init__(self, prediction="epsilon", T=1000, beta_start=0.00085, beta_end=0.012):
         self.T, self.prediction = T, prediction
-        betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T) ** 2
+        betas = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, device="cpu") ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)                       # T, float32
 
     def scales(self, j, z):
@@ -395,18 +395,21 @@ def load_ldm(path):
     """Checkpoint of stage 2, ours or the authors' -> LDM in eval mode on the CPU; nothing is downloaded. Raises BadInput."""
     content = ae.load(path, "ldm")
     s = content["settings"]
-    try:
-        autoencoder = ae.Autoencoder(**s["autoencoder"])
+
+    def build():
         if s["image_encoder"].keys() == {"factor"}:
             image_encoder = Pixels(**s["image_encoder"])
         else:
             from diffusers import AutoencoderKL
             image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
-        model = LDM(autoencoder, image_encoder, build_unet(s["unet"]), s, Classifier(s["categories"], s["model"]) if "categories" in s else None)
-        model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-    except (IndexError, RuntimeError, ValueError) as error:
-        raise BadInput(f"{path}: its weights don't fit its settings ({str(error).splitlines()[-1].strip()})") from None
-    return model.eval()
+        classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
+        return LDM(ae.Autoencoder(**s["autoencoder"]), image_encoder, build_unet(s["unet"]), s, classifier)
+    with ae.fitting(path):
+        for name, kind in {"size": int, "min_area": int, "latent_scale": float, "self_cond": bool, "model": str, "seed": int,
+                           "data": str, "train_split": str, "val_split": str, "background": str}.items():
+            if type(s[name]) is not kind or kind in (int, float) and not 0 <= s[name] < 1e6 or name in ("size", "latent_scale") and not s[name]:
+                raise BadInput(f"{path}: its setting {name} is {s[name]!r}, no {kind.__name__} in range")
+        return ae.fill(build, content["weights"])
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -555,16 +558,17 @@ def main(argv=None):
     start, best, losses, skipped = 0, -1.0, [], torch.zeros(2, device=device)
     if args.resume:
         state = ae.load_state(out / "ldm_state.pt", "ldm_state", args)
-        model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
-        model.autoencoder.load_state_dict(state["autoencoder"])
-        model.unet.load_state_dict(state["unet"])
-        if model.classifier:
-            model.classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        average = [a.to(device) for a in state["average"]]
-        start, best, losses = state["iteration"], state["best"], state["losses"]
-        skipped.add_(torch.tensor(state["skipped"]).to(device))
+        with ae.fitting(out / "ldm_state.pt"):
+            model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
+            model.autoencoder.load_state_dict(state["autoencoder"])
+            model.unet.load_state_dict(state["unet"])
+            if model.classifier:
+                model.classifier.load_state_dict(state["classifier"])
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+            average = [a.to(device) for a in state["average"]]
+            start, best, losses = state["iteration"], state["best"], state["losses"]
+            skipped.add_(torch.tensor(state["skipped"]).to(device))
 
     def swap_ema():
         """Exchange the weights and their average."""

@@ -6,9 +6,12 @@ Reference numbers of the authors' release and of the panoptic API are looked for
 tests that need them are skipped where they are absent. A few of those numbers stand in this file, so that every clone
 checks them.
 """
+import functools
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -878,12 +881,42 @@ def test_files_that_only_resemble_the_release(tmp_path, capsys):
     save_like_the_release(tmp_path / "foreign.pt", model=weights)
     save_like_the_release(tmp_path / "ldm.pt", **content)
     for name, words in (("cut.pt", ["not a readable"]), ("legacy.pt", ["not a readable"]), ("less.pt", ["don't fit", "encoder.3.bias"]),
-                        ("odd.pt", ["layout", "decoder.0.weight"]), ("none.pt", ["layout"]), ("foreign.pt", ["not a readable"]), ("ldm.pt", ["'ldm'", "'ae'"])):
+                        ("odd.pt", ["don't fit", "decoder.0.weight"]), ("none.pt", ["don't fit"]), ("foreign.pt", ["not a readable"])):
         one_line_error(capsys, ae.main, TINY_AE + ["--ckpt", str(tmp_path / name), "--out", str(tmp_path)], name, *words)
     save_like_the_release(tmp_path / "less.pt", **{**content, "unet": {k: v for k, v in content["unet"].items() if k != "conv_out.bias"}})
     save_like_the_release(tmp_path / "part.pt", vae_semseg=weights)
-    for name, words in (("less.pt", ["conv_out.bias"]), ("part.pt", ["layout", "unet"]), ("whole.pt", ["'ae'", "'ldm'"])):
+    for name, words in (("less.pt", ["conv_out.bias"]), ("part.pt", ["don't fit", "unet"]), ("whole.pt", ["'ae'", "'ldm'"])):
         one_line_error(capsys, sample.main, ["--ckpt", str(tmp_path / name), "--out", str(tmp_path)], name, *words)
+
+
+def test_stage_2_checkpoints_hold_stage_1(tmp_path, trained):
+    save_like_the_release(tmp_path / "release.pt", **narrow_release())
+    for ldm, same in ((trained / "ldm.pt", ae.load_autoencoder(trained / "ae.pt")), (tmp_path / "release.pt", None)):
+        alone, inside = ae.load_autoencoder(ldm), diffusion.load_ldm(ldm).autoencoder
+        assert all(torch.equal(a, b) for m in (inside, same or inside) for a, b in zip(alone.parameters(), m.parameters()))
+
+
+def test_drop_input_teaches_only_the_encoder(tmp_path, trained, capsys):
+    ids = torch.randint(1, 8, (6, 32, 32))
+    dropped = ae.drop_input(ids)
+    assert ((dropped == ids) | (dropped == 0)).all() and (dropped == 0).any() and (dropped == ids).any() and (ids > 0).all()
+    flags = TINY_AE + ["--lr", "3e-3", "--log_every", "5", "--out", str(tmp_path)]
+    ae.main(flags + ["--ckpt", str(trained / "ldm.pt"), "--drop_input", "--iters", "60"])
+    losses = [e["loss"] for e in ae.read_log(tmp_path / "log.jsonl", "ae") if "loss" in e]
+    assert losses[-1] < 0.8 * max(losses[:3])
+    before, after = ae.load_autoencoder(trained / "ldm.pt"), ae.load_autoencoder(tmp_path / "ae.pt")
+    assert all(torch.equal(a, b) for a, b in zip(before.decoder.parameters(), after.decoder.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(before.encoder.parameters(), after.encoder.parameters()))
+    one_line_error(capsys, ae.main, flags + ["--drop_input"], "--ckpt")
+    # inpaint.py reads the given part with it, and refuses an autoencoder of another model
+    base = ["--ckpt", str(trained / "ldm.pt"), "--limit", "2", "--steps", "2", "--num_workers", "0", "--out", str(tmp_path), "--threshold", "0", "--min_area", "0"]
+    made = []
+    for extra in ([], ["--ae", str(tmp_path / "ae.pt")]):
+        inpaint.main(base + ["--json", str(tmp_path / "r.json"), *extra])
+        made.append((tmp_path / "inpaint.png").read_bytes())
+    assert made[0] != made[1]
+    ae.main(TINY_AE + ["--iters", "1", "--out", str(tmp_path / "other")])
+    one_line_error(capsys, inpaint.main, base + ["--ae", str(tmp_path / "other" / "ae.pt")], "--ae", "decoder")
 
 
 def tiny_ldm(trained, **settings):
@@ -1559,7 +1592,6 @@ def test_bad_checkpoints(tmp_path, trained, capsys):
         for main in (sample.main, inpaint.main):
             one_line_error(capsys, main, ["--ckpt", str(tmp_path / name), "--device", "cpu", "--out", str(tmp_path)], Path(name).name, word)
     assert not (tmp_path / "executed").exists()
-    one_line_error(capsys, diffusion.main, TINY_LDM + ["--ae", str(trained / "ldm.pt"), "--out", str(tmp_path)], "'ldm'")
     one_line_error(capsys, diffusion.main, TINY_LDM + ["--ae", str(trained / "ae.pt"), "--channels", "32", "--resume", "--iters", "4", "--out", str(trained)], "--resume")
     one_line_error(capsys, ae.main, TINY_AE + ["--width", "64", "--resume", "--out", str(trained)], "--resume")
 
@@ -1627,3 +1659,158 @@ def test_bad_pq_input(tmp_path, capsys):
     bad(lambda s: s[0].update(category_id=99), "category 99")
     (tmp_path / "wrong.json").write_text("[]")
     one_line_error(capsys, pq.main, flags + ["--pred", str(tmp_path / "wrong.json")], "wrong.json")
+
+
+# ------------------------------------------------------------------------------------------- fuzzing
+
+MAINS = {"data": data.main, "pq": pq.main, "ae": ae.main, "diffusion": diffusion.main, "sample": sample.main, "inpaint": inpaint.main}
+
+
+def bad_arguments():
+    """Command lines that no file can make right: script, flags, and what the message must name."""
+    everywhere = [("--seed", "-1"), ("--seed", "1.5"), ("--seed", "x"), ("--size", "0"), ("--size", "-64"), ("--size", "big"), ("--background", "sky"),
+                  ("--max_pixels", "0"), ("--json", "."), ("--out", __file__), ("--data", "no/such/folder"), ("--no_such_flag",)]
+    network = [("--batch_size", "0"), ("--batch_size", "1e3"), ("--num_workers", "-1"), ("--device", "warp9"), ("--precision", "fp12"), ("--size", "31")]
+    training = [("--lr", "-1"), ("--lr", "nan"), ("--lr", "inf"), ("--lr", "fast"), ("--iters", "-5"), ("--iters", "2.5"), ("--warmup", "-1"),
+                ("--schedule", "step"), ("--model", "large"), ("--weight_decay", "-0.1"), ("--accum", "0"), ("--accum", "3"), ("--clip", "-1"),
+                ("--ckpt", "no/such.pt"), ("--log_every", "0"), ("--save_every", "0"), ("--eval_every", "-1"), ("--eval_images", "0"),
+                ("--min_segment", "-1"), ("--resume",)]
+    sampling = [("--ckpt", "no/such.pt"), ("--ckpt", "."), ("--steps", "0"), ("--steps", "1001"), ("--steps", "ten"), ("--threshold", "1.01"),
+                ("--threshold", "nan"), ("--min_area", "-1"), ("--limit", "0"), ("--split", "no/../split", "--data", "FOLDER")]
+    own = {"data": [("--limit", "0"), ("--split", "absent", "--data", "FOLDER"), ("--check", "no/such/folder"), ("--check", ".")],
+           "ae": [("--num_ids", "100"), ("--num_ids", "0"), ("--factor", "3"), ("--width", "7"), ("--points", "0"), ("--encoding", "gray"),
+                  ("--kl", "-1"), ("--kl", "nan"), ("--drop_input",)],
+           "diffusion": [("--ae", "no/such.pt"), ("--channels", "17"), ("--prediction", "noise"), ("--loss_weight", "p2"), ("--latent_scale", "-1"),
+                         ("--self_cond", "1.5"), ("--ema", "-0.5"), ("--steps", "0"), ("--steps", "1001"), ("--classes", "only"), ("--classes", "no")],
+           "sample": [("--images", "no/such.jpg"), ("--images", "EMPTY"), ("--seeds", "3"), ("--seeds", "3", "3"), ("--seeds", "0", "1", "--images", "PHOTO"),
+                      ("--steps", "5", "10", "--images", "PHOTO")],
+           "inpaint": [("--drop", "1.5"), ("--drop", "-0.1"), ("--drop", "nan"), ("--block", "0"), ("--block", "4096"), ("--valid", "2"),
+                       ("--image", "PHOTO"), ("--mask", "MASK"), ("--image", "no/such.jpg", "--mask", "MASK"), ("--ae", "no/such.pt")]}
+    for script in ("data", "ae", "diffusion", "sample", "inpaint"):
+        flags = everywhere + network * (script != "data") + training * (script in ("ae", "diffusion")) + sampling * (script in ("sample", "inpaint"))
+        yield from ((script, f, f[0]) for f in flags + own[script])
+    yield from (("pq", f, word) for f, word in [
+        ((), "--gt"), (("--gt", "GT"), "--pred"), (("--gt", "no/gt.json", "--pred", "PRED"), "no/gt.json"), (("--gt", "GT", "--pred", "."), "."),
+        (("--gt", "GT", "--pred", "PRED", "--gt_dir", "no/such"), "no/such"), (("--gt", "GT", "--pred", "PRED", "--frobnicate"), "--frobnicate")])
+
+
+def bad_checkpoints(ckpt, kind):
+    """Broken, foreign and hostile versions of a checkpoint: name and bytes."""
+    whole, content = ckpt.read_bytes(), torch.load(ckpt, weights_only=True)
+    for share in (0, 0.01, 0.3, 0.7, 0.999):
+        yield f"cut at {share}", whole[:int(share * len(whole))]
+    yield "zeros", bytes(len(whole))
+    yield "text", b"not a checkpoint"
+    yield "noise", np.random.default_rng(0).bytes(5000)
+
+    def stored(value):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, ("exploded",)
+    yield "bomb", stored({**content, "more": Bomb()})
+    yield "bare bomb", pickle.dumps(Bomb())
+    yield "a list", stored([1, 2])
+    yield "another kind", stored({**content, "kind": "cake"})
+    for key in [k for k in ae.ENTRIES[kind]]:
+        yield f"without {key}", stored({k: v for k, v in content.items() if k != key})
+        yield f"{key} is 7", stored({**content, key: 7})
+    yield "a weight too few", stored({**content, "weights": dict(list(content["weights"].items())[1:])})
+    yield "weights of another shape", stored({**content, "weights": {k: v.flatten()[:1] for k, v in content["weights"].items()}})
+    huge = {"ae": {"autoencoder": {**content.get("autoencoder", {}), "width": 1 << 20}},
+            "ldm": {"settings": {**content["settings"], "unet": {**content["settings"].get("unet", {}), "block_out_channels": [1 << 20] * 3}}}}[kind]
+    yield "sizes beyond memory", stored({**content, **huge})
+
+
+def bad_json(good):
+    """Broken versions of a COCO panoptic JSON: name and text."""
+    yield from {"empty": "", "no JSON": "{", "a number": "7", "null": "null", "a list": "[]", "nesting": "[" * 100_000, "bytes": "\udcff\udcfe"}.items()
+    def change(path, value):
+        copy = json.loads(json.dumps(good))
+        *way, last = path
+        place = functools.reduce(lambda x, k: x[k], way, copy)
+        place[last] = value
+        return json.dumps(copy)
+    annotation, segment = ("annotations", 0), ("annotations", 0, "segments_info", 0)
+    for path, values in {("annotations",): [None, 3, {}], annotation: [None, 5, {}], (*annotation, "image_id"): [None, [1]],
+                         (*annotation, "file_name"): [None, 4, "../a.png", "/etc/passwd"], (*annotation, "segments_info"): [None, "x", [3]],
+                         (*segment, "id"): [None, "1", -1, 1.5, 1 << 24, True, float("nan")]}.items():
+        for value in values:
+            yield f"{path[-1]} is {value!r}", change(path, value)
+    yield "a segment twice", change((*annotation, "segments_info"), good["annotations"][0]["segments_info"] * 2)
+
+
+def bad_pictures(good):
+    """Broken picture files: name and bytes."""
+    whole = good.read_bytes()
+    write_bomb(good.with_suffix(".bomb"), 60_000, 60_000)
+    yield from {"empty": b"", "text": b"hello", "cut": whole[:len(whole) // 2], "header alone": whole[:30], "bomb": good.with_suffix(".bomb").read_bytes(),
+                "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "noise": np.random.default_rng(0).bytes(500)}.items()
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_fuzz(tmp_path, trained, capsys, monkeypatch):
+    """Over 250 bad inputs to the six command lines: exit code 2, one line that names the culprit, no traceback, no file changed."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "folder"
+    write_panoptic(folder)
+    places = {"FOLDER": folder, "EMPTY": tmp_path / "empty", "PHOTO": tmp_path / "photo.png", "MASK": tmp_path / "mask.png"}
+    places["EMPTY"].mkdir()
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(places["PHOTO"])
+    data.write_id_png(places["MASK"], np.ones((40, 40), np.int32))
+    places["GT"] = places["PRED"] = folder / "annotations" / "panoptic_val2017.json"
+    good = json.loads(places["GT"].read_text())
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (out / "predictions").mkdir()
+    base = {"data": [], "pq": [], "ae": TINY_AE + ["--iters", "1"], "diffusion": TINY_LDM + ["--iters", "1", "--ae", str(trained / "ae.pt")],
+            "sample": ["--ckpt", str(trained / "ldm.pt"), "--data", "shapes", "--limit", "1", "--steps", "1", "--num_workers", "0"]}
+    base["inpaint"], tried, wrong = base["sample"], 0, []
+
+    def refused(script, flags, word):
+        nonlocal tried
+        tried += 1
+        argv = base[script] + (["--out", str(out)] if script != "pq" else []) + [str(places.get(f, f)) for f in flags]
+        culprits = [str(places.get(w, w)) for w in (word, *flags)]         # the flag, or what was given to it
+        before, code = snapshot(tmp_path), None
+        capsys.readouterr()
+        try:
+            MAINS[script](argv)
+        except SystemExit as stop:
+            code = stop.code
+        except Exception as error:
+            code = repr(error)
+        lines = [l for l in capsys.readouterr().err.strip().splitlines() if not re.search(r"\d+%\|", l)]    # beside progress bars
+        if code != 2 or len(lines) != 1 or not any(c in lines[0] for c in culprits) or snapshot(tmp_path) != before:
+            wrong.append((argv, code, lines))
+
+    for script, flags, word in bad_arguments():
+        refused(script, [f for f in flags if f != "--resume"] + (["--resume", "--seed", "5"] if "--resume" in flags else []), word)
+    for kind, users in {"ae": [("ae", "--ckpt"), ("diffusion", "--ae"), ("inpaint", "--ae")],
+                        "ldm": [("sample", "--ckpt"), ("inpaint", "--ckpt"), ("diffusion", "--ckpt")]}.items():
+        for i, (name, content) in enumerate(bad_checkpoints(trained / f"{kind}.pt", kind)):
+            file = tmp_path / f"{name.replace(' ', '_')}.pt"
+            file.write_bytes(content)
+            script, flag = users[i % 3]
+            refused(script, [flag, file], file.name)
+            file.unlink()
+    for name, text in bad_json(good):
+        for script, flags in [("data", ["--data", "FOLDER", "--split", "broken"]), ("pq", ["--gt", "BROKEN", "--pred", "PRED", "--gt_dir", folder / "panoptic_val2017"]),
+                              ("pq", ["--gt", "GT", "--pred", "BROKEN", "--pred_dir", folder / "panoptic_val2017", "--gt_dir", folder / "panoptic_val2017"])]:
+            places["BROKEN"] = folder / "annotations" / "panoptic_broken.json"
+            places["BROKEN"].write_text(text, errors="surrogateescape")
+            refused(script, flags, "panoptic_broken.json")
+    places["BROKEN"].unlink()
+    for name, content in bad_pictures(places["PHOTO"]):
+        file = tmp_path / "broken.png"
+        file.write_bytes(content)
+        refused("inpaint", ["--image", file, "--mask", "MASK"], "broken.png")
+        refused("inpaint", ["--image", "PHOTO", "--mask", file], "broken.png")
+        file.unlink()
+    assert not wrong, "\n".join(map(str, wrong))
+    assert tried > 250 and not (tmp_path / "exploded").exists()
