@@ -120,17 +120,12 @@ class SDEncoder(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.config, self.channels, self.factor = plain(vae.config), vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.config, self.channels, self.factor = ae.plain(vae.config), vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, x):
         """x: B x 3 x H x W in -1..1 -> B x 4 x H/8 x W/8."""
         return SD_SCALE * self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
-
-
-def plain(config):
-    """A diffusers config as a dict of plain values, without its private entries."""
-    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
 
 
 def build_unet(config):
@@ -155,20 +150,13 @@ def small_unet_config(in_channels, latent_size, channels):
 
 
 def load_sd(name):
-    """UNet state and config and VAE of Stable Diffusion, from a hub id or a folder. Raises BadInput."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    try:
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--sd {name}: can't be loaded ({str(error).strip().splitlines()[0][:120]}); give a hub id with network, "
-                       "or a folder with unet/ and vae/; --model small needs no download") from None
-    return unet, vae
+    """UNet and VAE of Stable Diffusion with their weights, from a hub id or a folder. Raises BadInput."""
+    return ae.load_sd(name, "unet"), ae.load_sd(name, "vae")
 
 
 def grow_conv_in(unet, in_channels):
     """Load a pretrained UNet into one with more input channels: [z: pretrained weights, image: zeros, self_cond: zeros]."""
-    grown = build_unet({**plain(unet.config), "in_channels": in_channels})
+    grown = build_unet({**ae.plain(unet.config), "in_channels": in_channels})
     state = {k: v for k, v in unet.state_dict().items() if k in grown.state_dict()}
     weight = torch.zeros_like(grown.conv_in.weight)
     weight[:, :unet.config.in_channels] = state["conv_in.weight"]
@@ -259,7 +247,7 @@ def new_model(args, autoencoder, train_set, about):
         with torch.no_grad():
             scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
     return LDM(autoencoder, image_encoder, unet, dict(
-        autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
+        autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=ae.plain(unet.config), model=args.model,
         latent_scale=scale, prediction=args.prediction or "epsilon", **about))
 
 
@@ -313,7 +301,7 @@ def load_ldm(path):
     content = ae.load(path, "ldm")
     s = content["settings"]
     try:
-        autoencoder = ae.Autoencoder(**s["autoencoder"])
+        autoencoder = ae.from_settings(s["autoencoder"])
         if s["image_encoder"].keys() == {"factor"}:
             image_encoder = Pixels(**s["image_encoder"])
         else:
@@ -355,7 +343,6 @@ def main(argv=None):
     ae.training_flags(parser, MODELS)
     add = parser.add_argument
     add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
-    add("--sd", default="CompVis/stable-diffusion-v1-4", help="--model sd: hub id or folder with unet/ and vae/ (default %(default)s)")
     add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
         help="a new --model small: channels at the first resolution (default %(default)s)")
     add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
@@ -444,7 +431,8 @@ def main(argv=None):
         return {"kind": "ldm", "settings": model.settings, "weights": {k: v.to("cpu", dtype) for k, v in model.state_dict().items()}}
 
     if is_main():
-        print(f"stage 2: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {args.data}, {args.size} px, "
+        millions = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
+        print(f"stage 2: UNet {millions(model.unet):.1f} M parameters, autoencoder {millions(model.autoencoder):.2f} M, {args.data}, {args.size} px, "
               f"latent scale {model.scale:.4f}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world

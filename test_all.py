@@ -698,6 +698,58 @@ def test_sd_model_trains_samples_and_needs_no_download_afterwards(tmp_path, sd_f
     assert ids.shape == (40, 50) and ids.dtype == np.int32 and sum(s["area"] for s in segments_info) == (ids > 0).sum()
 
 
+def test_sd_vae_is_stable_diffusions_between_new_ends(sd_folder):
+    """Against diffusers' own encode and decode, with only the first and the last layer exchanged."""
+    vae = ae.load_sd(str(sd_folder), "vae").eval()
+    model, ids = ae.SDAutoencoder(16, vae=ae.load_sd(str(sd_folder), "vae")).eval(), torch.randint(0, 16, (2, 32, 32))
+    assert (model.factor, model.width) == (8, 32)
+    vae.encoder.conv_in, vae.decoder.conv_out = model.encoder[0].conv_in, model.decoder[1].conv_out
+    with torch.no_grad():
+        theirs = vae.encode(data.encode_ids(ids, 16)).latent_dist
+        mean, logvar = model.encode(ids)
+        assert mean.shape == (2, 4, 4, 4) and torch.allclose(mean, theirs.mean) and torch.allclose(logvar, theirs.logvar)
+        logits = model.decode(mean)
+        assert logits.shape == (2, 16, 32, 32) and torch.allclose(logits, vae.decode(mean).sample)
+    again = ae.from_settings(json.loads(json.dumps(model.settings)))       # settings are plain, and make the same model
+    again.load_state_dict(model.state_dict())
+    assert isinstance(again, ae.SDAutoencoder) and again.settings["num_ids"] == 16
+
+
+def test_sd_vae_learns():
+    """A batch learnt by heart with the same losses: gradients reach all of it, the new ends too."""
+    torch.manual_seed(0)
+    model, ids = ae.SDAutoencoder(8, factor=4, width=32), torch.randint(1, 8, (2, 2, 2)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(40):
+        logits = model(ids)[0]
+        ce, n_ce, mask, n_mask = ae.segmentation_losses(logits, ids, *ae.draw_points(logits, ids, 64))
+        losses.append(ce / n_ce + mask / n_mask)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0] and all(p.grad.any() for k, p in model.named_parameters() if "to_k.bias" not in k)   # which softmax ignores
+
+
+@pytest.mark.parametrize("model", ["sd", "small"])
+def test_sd_vae_serves_every_script(tmp_path, sd_folder, monkeypatch, capsys, model):
+    flags = ["--model", model, "--data", "shapes", "--size", "32", "--batch_size", "2", "--eval_images", "2", "--num_workers", "0", "--warmup", "1",
+             "--device", "cpu", "--out", str(tmp_path)] + ["--sd", str(sd_folder)] * (model == "sd")
+    ae.main(flags + ["--arch", "sd_vae", "--num_ids", "8", "--width", "32", "--iters", "2"])
+    assert "sd_vae" in capsys.readouterr().out
+    diffusion.main(flags + ["--channels", "16", "--iters", "1", "--steps", "1"])
+    def no_download(*args, **kwargs):
+        raise AssertionError("nothing may be downloaded for a checkpoint")
+    monkeypatch.setattr(ae, "load_sd", no_download)
+    one_line_error(capsys, ae.main, flags + ["--ckpt", str(tmp_path / "ae.pt"), "--arch", "shallow"], "--arch shallow", "sd_vae")
+    ae.main(flags + ["--ckpt", str(tmp_path / "ae.pt"), "--iters", "0"])
+    sampling = ["--ckpt", str(tmp_path / "ldm.pt"), "--limit", "2", "--steps", "1", "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path),
+                "--json", str(tmp_path / "r.json")]
+    sample.main(sampling)
+    inpaint.main(sampling + ["--drop", "0"])
+    assert json.loads((tmp_path / "r.json").read_text())["pq"] == 100      # all is given: all is kept
+    assert isinstance(sample.load(tmp_path / "ldm.pt").autoencoder, ae.SDAutoencoder)
+
+
 def save_like_the_release(path, **content):
     """A checkpoint with a pickled settings object, whose class (EasyDict, in theirs) is gone when the file is read."""
     class EasyDict(dict):
