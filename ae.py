@@ -4,6 +4,8 @@
     torchrun --nproc_per_node=8 ae.py                     # the same on eight GPUs (several nodes: torchrun's own flags)
     python ae.py --model small --data shapes              # built-in scenes, minutes on a laptop
     python ae.py --arch sd_vae                            # fine-tune Stable Diffusion's VAE instead (Table 1's variant)
+    python ae.py --encoding bits rgb onehot positional    # each trained alike, and a table (section 3.1)
+    python ae.py --kl 0 1e-6 1e-5 1e-4 1e-3               # the same over the weight of a KL term, and a plot (Fig. 9, middle)
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
 
 Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor, y_hat = D(z) logits.
@@ -13,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -449,6 +452,37 @@ def parse(parser, models, argv, kind):
     return args
 
 
+def compare(main, argv, args, flags):
+    """Where a flag has several values: run `main` with each, alike in all else and in a folder of its own, then print a table.
+
+    Over numbers PQ is plotted too. Returns whether there was such a flag; otherwise args get the single values. Raises BadInput."""
+    several = {name: getattr(args, name) for name in flags if isinstance(getattr(args, name), list) and len(getattr(args, name)) > 1}
+    if len(several) > 1:
+        raise BadInput(f"--{' and --'.join(several)}: several values for one flag at a time")
+    for name, values in several.items():
+        figures, out = {}, Path(args.out)
+        for value in values:
+            folder = out / f"{name}_{value}"
+            main([*(sys.argv[1:] if argv is None else argv), f"--{name}", str(value), "--out", str(folder), "--json", str(folder / "figures.json")])
+            figures[value] = json.loads((folder / "figures.json").read_text())
+        if is_main():
+            keys = [k for k in figures[value] if k != "images"]
+            print("".join([f"{name:>12}", *(f"{k:>13}" for k in keys)]))
+            for value, row in figures.items():
+                print("".join([f"{value:>12}", *(f"{row[k]:13.2f}" for k in keys)]))
+            if not isinstance(value, str):                                 # 0 has no logarithm: it stands a decade to the left
+                zero = min([v for v in figures if v], default=1) / 10
+                points = sorted((math.log10(v or zero), row["pq"]) for v, row in figures.items())
+                data.plot(out / f"{name}.png", {"PQ": zip(*points)}, f"log10 of --{name}" + " (left end: 0)" * (0 in figures), "PQ")
+                print(f"-> {out / f'{name}.png'}")
+            if args.json:
+                data.write_json(args.json, {f"by_{name}": figures})
+    for name in flags:
+        value = getattr(args, name)
+        setattr(args, name, value[0] if isinstance(value, list) else value)
+    return bool(several)
+
+
 # -------------------------------------------------------------------------------------------- evaluation
 
 
@@ -494,13 +528,15 @@ def main(argv=None):
     parser.add_argument("--arch", choices=["shallow", "sd_vae"],
                         help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, from --sd or with --model small narrow and untrained (default shallow)")
     parser.add_argument("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
-    parser.add_argument("--encoding", choices=data.ENCODINGS, help="of the ids at the input (default bits)")
+    parser.add_argument("--encoding", choices=data.ENCODINGS, nargs="+", help="of the ids at the input; several are compared (default bits)")
     parser.add_argument("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
     parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck (not of a VAE from --sd)")
     parser.add_argument("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
     parser.add_argument("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
-    parser.add_argument("--kl", type=data.amount, default=0.0, help="weight of the KL term, for Fig. 9 (default %(default)s)")
+    parser.add_argument("--kl", type=data.amount, nargs="+", default=0.0, help="weight of a KL term; several are compared (default %(default)s)")
     args = parse(parser, MODELS, argv, "ae")
+    if compare(main, argv, args, ("encoding", "kl")):
+        return
     args.accum, args.encoding, args.arch = args.accum or 1, args.encoding or "bits", args.arch or "shallow"
     device, rank, world = setup(args)
     check_batch(args, world)

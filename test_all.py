@@ -522,6 +522,25 @@ def test_ae_learns_and_its_log_and_pictures_are_there(tmp_path):
     assert result["images"] == 4 and 0 <= result["pq"] <= 100
 
 
+def test_ae_compares_encodings_and_kl_weights(tmp_path, capsys):
+    """One command trains each value alike: as if it had been run alone."""
+    flags = TINY_AE + ["--iters", "2"]
+    ae.main(flags + ["--encoding", "bits", "rgb", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, l in enumerate(lines) if l.split()[:2] == ["encoding", "pq"])
+    assert [l.split()[0] for l in lines[header + 1:]] == ["bits", "rgb"]
+    figures = json.loads((tmp_path / "r.json").read_text())["by_encoding"]
+    assert {"pq", "sq", "rq", "latent_std", "latent_max"} <= figures["rgb"].keys()
+    ae.main(flags + ["--encoding", "rgb", "--out", str(tmp_path / "alone")])
+    a, b = (ae.load_autoencoder(tmp_path / n / "ae.pt") for n in ("alone", "encoding_rgb"))
+    assert a.encoding == b.encoding == "rgb" and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert ae.load_autoencoder(tmp_path / "encoding_bits" / "ae.pt").encoding == "bits"
+    ae.main(flags + ["--lr", "1e-2", "--clip", "100", "--kl", "0", "0.1", "10", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    figures = json.loads((tmp_path / "r.json").read_text())["by_kl"]
+    assert list(figures) == ["0.0", "0.1", "10.0"] and len({row["latent_std"] for row in figures.values()}) == 3 and (tmp_path / "kl.png").exists()
+    one_line_error(capsys, ae.main, flags + ["--encoding", "bits", "rgb", "--kl", "0", "1", "--out", str(tmp_path)], "--encoding and --kl")
+
+
 @pytest.mark.parametrize("stage", ["ae", "ldm"])
 def test_resume_gives_the_same_weights_as_one_run(tmp_path, trained, stage):
     main, flags = {"ae": (ae.main, TINY_AE), "ldm": (diffusion.main, TINY_LDM + ["--ae", str(trained / "ae.pt")])}[stage]
