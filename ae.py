@@ -3,6 +3,9 @@
     python ae.py                                          # the paper's run: COCO in data/coco, 512 px, N = 128
     torchrun --nproc_per_node=8 ae.py                     # the same on eight GPUs (several nodes: torchrun's own flags)
     python ae.py --model small --data shapes              # built-in scenes, minutes on a laptop
+    python ae.py --arch sd_vae                            # fine-tune Stable Diffusion's VAE instead (Table 1's variant)
+    python ae.py --encoding bits rgb onehot positional    # each trained alike, and a table (section 3.1)
+    python ae.py --kl 0 1e-6 1e-5 1e-4 1e-3               # the same over the weight of a KL term, and a plot (Fig. 9, middle)
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
     python ae.py --ckpt checkpoints/ae.pt --drop_input    # teach its encoder to read partial maps, for inpaint.py --ae (3.3)
 
@@ -15,6 +18,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -52,10 +56,12 @@ class Autoencoder(nn.Module):
 
     num_ids: N, a power of two up to 256; factor: f, 8 or 4 ("shallower"); width: channels at the bottleneck."""
 
+    arch = "shallow"
+
     def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, latent_channels=4):
         super().__init__()
         self.settings = dict(num_ids=num_ids, encoding=encoding, factor=factor, width=width, latent_channels=latent_channels)
-        self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
+        self.num_ids, self.encoding, self.factor, self.width = num_ids, encoding, factor, width
         stages = int(math.log2(factor))
         c = width >> stages
         layers = [nn.Conv2d(data.id_channels(encoding, num_ids), c, 3, padding=1), nn.SiLU()]
@@ -78,7 +84,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """Latent (B x 4 x h x w) -> logits over ids (B x N x 4h x 4w)."""
+        """Latent (B x 4 x h x w) -> logits over ids (B x N x 4h x 4w; SDAutoencoder: x fh x fw)."""
         return self.decoder(z)
 
     def forward(self, ids, noise=None):
@@ -86,6 +92,50 @@ class Autoencoder(nn.Module):
         mean, logvar = self.encode(ids)
         noise = torch.randn_like(mean) if noise is None else noise
         return self.decode(mean + (0.5 * logvar).exp() * noise), mean, logvar
+
+
+class SDAutoencoder(Autoencoder):
+    """Stable Diffusion's own VAE in its place (Table 1, "Stable Diffusion's VAE fine-tuned"); 84 M parameters.
+
+    Ids go in and N logits come out through a new first and last layer; every other layer is the VAE's.
+    vae: a pretrained AutoencoderKL of diffusers, or its config; None is a narrow one of this factor and width, untrained."""
+
+    arch = "sd_vae"
+
+    def __init__(self, num_ids=128, encoding="bits", factor=4, width=64, vae=None):
+        from diffusers import AutoencoderKL
+        nn.Module.__init__(self)
+        if not isinstance(vae, nn.Module):
+            widths = [width >> i for i in reversed(range(factor.bit_length()))]
+            vae = AutoencoderKL(**vae or dict(
+                block_out_channels=widths, norm_num_groups=min(32, widths[0]), down_block_types=["DownEncoderBlock2D"] * len(widths),
+                up_block_types=["UpDecoderBlock2D"] * len(widths)))
+        vae.encoder.conv_in = nn.Conv2d(data.id_channels(encoding, num_ids), vae.encoder.conv_in.out_channels, 3, padding=1)
+        vae.decoder.conv_out = nn.Conv2d(vae.decoder.conv_out.in_channels, num_ids, 3, padding=1)
+        self.encoder, self.decoder = nn.Sequential(vae.encoder, vae.quant_conv), nn.Sequential(vae.post_quant_conv, vae.decoder)
+        self.num_ids, self.encoding = num_ids, encoding
+        self.factor, self.width = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.block_out_channels[-1]
+        self.settings = dict(num_ids=num_ids, encoding=encoding, factor=self.factor, width=self.width, vae=plain(vae.config))
+
+
+def from_settings(settings):
+    """The untrained autoencoder of either kind that has these `settings`."""
+    return (SDAutoencoder if "vae" in settings else Autoencoder)(**settings)
+
+
+def plain(config):
+    """A diffusers config as a dict of plain values, without its private entries."""
+    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+def load_sd(name, part):
+    """Stable Diffusion's "unet" or "vae" with its weights, from a hub id or a folder. Raises BadInput."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    try:
+        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_pretrained(name, subfolder=part)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--sd {name}: can't be loaded ({str(error).strip().splitlines()[0][:120]}); give a hub id with network, "
+                       "or a folder with unet/ and vae/; --model small needs no download") from None
 
 
 # ------------------------------------------------------------------------- the losses, on points (PointRend)
@@ -455,7 +505,7 @@ def load_autoencoder(path):
 def build_autoencoder(content, path):
     """Autoencoder from a checkpoint's `autoencoder` (its own settings) and `weights`. Raises BadInput."""
     with fitting(path):
-        return fill(lambda: Autoencoder(**content["autoencoder"]), content["weights"])
+        return fill(lambda: from_settings(content["autoencoder"]), content["weights"])
 
 
 def log(path, **entry):
@@ -505,6 +555,8 @@ def training_flags(parser, models):
     """The flags that both training scripts have; defaults that depend on --model stand in its table."""
     add = parser.add_argument
     add("--model", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default: that of --ckpt, else sd)")
+    add("--sd", default="CompVis/stable-diffusion-v1-4", metavar="ID_OR_FOLDER",
+        help="Stable Diffusion's weights for --model sd: hub id, or folder with unet/ and vae/ (default %(default)s)")
     add("--train_split", help="(default: that of --ckpt, else train2017)")
     add("--val_split", help="(default: that of --ckpt, else val2017)")
     add("--iters", type=data.natural, help="iterations")
@@ -538,6 +590,37 @@ def parse(parser, models, argv, kind):
         if value is None and name in fallback:
             setattr(args, name, fallback[name])
     return args
+
+
+def compare(main, argv, args, flags):
+    """Where a flag has several values: run `main` with each, alike in all else and in a folder of its own, then print a table.
+
+    Over numbers PQ is plotted too. Returns whether there was such a flag; otherwise args get the single values. Raises BadInput."""
+    several = {name: getattr(args, name) for name in flags if isinstance(getattr(args, name), list) and len(getattr(args, name)) > 1}
+    if len(several) > 1:
+        raise BadInput(f"--{' and --'.join(several)}: several values for one flag at a time")
+    for name, values in several.items():
+        figures, out = {}, Path(args.out)
+        for value in values:
+            folder = out / f"{name}_{value}"
+            main([*(sys.argv[1:] if argv is None else argv), f"--{name}", str(value), "--out", str(folder), "--json", str(folder / "figures.json")])
+            figures[value] = json.loads((folder / "figures.json").read_text())
+        if is_main():
+            keys = [k for k in figures[value] if k != "images"]
+            print("".join([f"{name:>12}", *(f"{k:>13}" for k in keys)]))
+            for value, row in figures.items():
+                print("".join([f"{value:>12}", *(f"{row[k]:13.2f}" for k in keys)]))
+            if not isinstance(value, str):                                 # 0 has no logarithm: it stands a decade to the left
+                zero = min([v for v in figures if v], default=1) / 10
+                points = sorted((math.log10(v or zero), row["pq"]) for v, row in figures.items())
+                data.plot(out / f"{name}.png", {"PQ": zip(*points)}, f"log10 of --{name}" + " (left end: 0)" * (0 in figures), "PQ")
+                print(f"-> {out / f'{name}.png'}")
+            if args.json:
+                data.write_json(args.json, {f"by_{name}": figures})
+    for name in flags:
+        value = getattr(args, name)
+        setattr(args, name, value[0] if isinstance(value, list) else value)
+    return bool(several)
 
 
 # -------------------------------------------------------------------------------------------- evaluation
@@ -582,17 +665,21 @@ def main(argv=None):
     """Command line: train and evaluate stage 1."""
     parser = data.Parser(__doc__, out="checkpoints")
     training_flags(parser, MODELS)
+    parser.add_argument("--arch", choices=["shallow", "sd_vae"],
+                        help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, from --sd or with --model small narrow and untrained (default shallow)")
     parser.add_argument("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
-    parser.add_argument("--encoding", choices=data.ENCODINGS, help="of the ids at the input (default bits)")
+    parser.add_argument("--encoding", choices=data.ENCODINGS, nargs="+", help="of the ids at the input; several are compared (default bits)")
     parser.add_argument("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
-    parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck")
+    parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck (not of a VAE from --sd)")
     parser.add_argument("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
     parser.add_argument("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
     parser.add_argument("--drop_input", action="store_true", help="train only the encoder of --ckpt: a partially dropped map should get the "
                         "latents of the full one (decoder and diffusion model stay as they are)")
-    parser.add_argument("--kl", type=data.amount, default=0.0, help="weight of the KL term, for Fig. 9 (default %(default)s)")
+    parser.add_argument("--kl", type=data.amount, nargs="+", default=0.0, help="weight of a KL term; several are compared (default %(default)s)")
     args = parse(parser, MODELS, argv, "ae")
-    args.accum, args.encoding = args.accum or 1, args.encoding or "bits"
+    if compare(main, argv, args, ("encoding", "kl")):
+        return
+    args.accum, args.encoding, args.arch = args.accum or 1, args.encoding or "bits", args.arch or "shallow"
     if args.drop_input and not args.ckpt:
         raise BadInput("--drop_input: teaches the encoder of a trained autoencoder; give it with --ckpt")
     device, rank, world = setup(args)
@@ -609,10 +696,15 @@ def main(argv=None):
     val_set = data.Evaluation(val_source, args.size, args.eval_images)
 
     # model and optimiser; weight decay is the penalty of eq. 2
-    model = load_autoencoder(args.ckpt) if args.ckpt else Autoencoder(args.num_ids, args.encoding, args.factor, args.width)
-    for name in ("num_ids", "encoding", "factor", "width"):
-        if model.settings[name] != getattr(args, name):
-            raise BadInput(f"--{name} {getattr(args, name)}: the autoencoder of --ckpt has {model.settings[name]}")
+    if args.ckpt:
+        model = load_autoencoder(args.ckpt)
+    elif args.arch == "sd_vae":
+        model = SDAutoencoder(args.num_ids, args.encoding, args.factor, args.width, load_sd(args.sd, "vae") if args.model == "sd" else None)
+    else:
+        model = Autoencoder(args.num_ids, args.encoding, args.factor, args.width)
+    for name in ("arch", "num_ids", "encoding", "factor", "width") if args.ckpt else ("factor",):
+        if getattr(model, name) != getattr(args, name):
+            raise BadInput(f"--{name} {getattr(args, name)}: the autoencoder of --{'ckpt' if args.ckpt else 'sd'} has {getattr(model, name)}")
     model = model.to(device, memory_format=torch.channels_last).train()
     teacher = copy.deepcopy(model).eval() if args.drop_input else None
     model.decoder.requires_grad_(not args.drop_input)
@@ -630,9 +722,9 @@ def main(argv=None):
             start, best = state["iteration"], state["best"]
             skipped.add_(torch.tensor(state["skipped"]).to(device))
     checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
-                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model")}}
+                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model", "arch")}}
     if is_main():
-        print(f"stage 1: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
+        print(f"stage 1: {args.arch} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
               f"f = {args.factor}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         log(out / "log.jsonl", stage="ae", start=start, seed=args.seed)
 

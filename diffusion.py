@@ -126,17 +126,12 @@ class SDEncoder(nn.Module):
 
     def __init__(self, vae):
         super().__init__()
-        self.config, self.channels, self.factor = plain(vae.config), vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
+        self.config, self.channels, self.factor = ae.plain(vae.config), vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1)
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, x):
         """x: B x 3 x H x W in -1..1 -> B x 4 x H/8 x W/8."""
         return SD_SCALE * self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
-
-
-def plain(config):
-    """A diffusers config as a dict of plain values, without its private entries."""
-    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
 
 
 def build_unet(config):
@@ -161,20 +156,13 @@ def small_unet_config(in_channels, latent_size, channels):
 
 
 def load_sd(name):
-    """UNet state and config and VAE of Stable Diffusion, from a hub id or a folder. Raises BadInput."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    try:
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet")
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--sd {name}: can't be loaded ({str(error).strip().splitlines()[0][:120]}); give a hub id with network, "
-                       "or a folder with unet/ and vae/; --model small needs no download") from None
-    return unet, vae
+    """UNet and VAE of Stable Diffusion with their weights, from a hub id or a folder. Raises BadInput."""
+    return ae.load_sd(name, "unet"), ae.load_sd(name, "vae")
 
 
 def grow_conv_in(unet, in_channels):
     """Load a pretrained UNet into one with more input channels: [z: pretrained weights, image: zeros, self_cond: zeros]."""
-    grown = build_unet({**plain(unet.config), "in_channels": in_channels})
+    grown = build_unet({**ae.plain(unet.config), "in_channels": in_channels})
     state = {k: v for k, v in unet.state_dict().items() if k in grown.state_dict()}
     weight = torch.zeros_like(grown.conv_in.weight)
     weight[:, :unet.config.in_channels] = state["conv_in.weight"]
@@ -342,7 +330,7 @@ def new_model(args, autoencoder, train_set, about):
         with torch.no_grad():
             scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
     return LDM(autoencoder, image_encoder, unet, dict(
-        autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=plain(unet.config), model=args.model,
+        autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=ae.plain(unet.config), model=args.model,
         latent_scale=scale, prediction=args.prediction or "epsilon", **about))
 
 
@@ -403,7 +391,7 @@ def load_ldm(path):
             from diffusers import AutoencoderKL
             image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
-        return LDM(ae.Autoencoder(**s["autoencoder"]), image_encoder, build_unet(s["unet"]), s, classifier)
+        return LDM(ae.from_settings(s["autoencoder"]), image_encoder, build_unet(s["unet"]), s, classifier)
     with ae.fitting(path):
         for name, kind in {"size": int, "min_area": int, "latent_scale": float, "self_cond": bool, "model": str, "seed": int,
                            "data": str, "train_split": str, "val_split": str, "background": str}.items():
@@ -472,7 +460,6 @@ def main(argv=None):
     ae.training_flags(parser, MODELS)
     add = parser.add_argument
     add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
-    add("--sd", default="CompVis/stable-diffusion-v1-4", help="--model sd: hub id or folder with unet/ and vae/ (default %(default)s)")
     add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
         help="a new --model small: channels at the first resolution (default %(default)s)")
     add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
@@ -580,9 +567,9 @@ def main(argv=None):
         return {"kind": "ldm", "settings": model.settings, "weights": {k: v.to("cpu", dtype) for k, v in model.state_dict().items()}}
 
     if is_main():
-        size_of = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.1f} M parameters"
+        size_of = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters"
         print(f"stage 2: UNet {size_of(model.unet)}{' (frozen)' * (args.classes == 'only')}, "
-              f"{f'classifier {size_of(model.classifier)}, ' if args.classes else ''}{args.data}, {args.size} px, "
+              f"{f'classifier {size_of(model.classifier)}, ' if args.classes else ''}autoencoder {size_of(model.autoencoder)}, {args.data}, {args.size} px, "
               f"latent scale {model.scale:.4f}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world

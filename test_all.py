@@ -623,6 +623,25 @@ def test_ae_learns_and_its_log_and_pictures_are_there(tmp_path):
     assert result["images"] == 4 and 0 <= result["pq"] <= 100
 
 
+def test_ae_compares_encodings_and_kl_weights(tmp_path, capsys):
+    """One command trains each value alike: as if it had been run alone."""
+    flags = TINY_AE + ["--iters", "2"]
+    ae.main(flags + ["--encoding", "bits", "rgb", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    lines = capsys.readouterr().out.splitlines()
+    header = next(i for i, l in enumerate(lines) if l.split()[:2] == ["encoding", "pq"])
+    assert [l.split()[0] for l in lines[header + 1:]] == ["bits", "rgb"]
+    figures = json.loads((tmp_path / "r.json").read_text())["by_encoding"]
+    assert {"pq", "sq", "rq", "latent_std", "latent_max"} <= figures["rgb"].keys()
+    ae.main(flags + ["--encoding", "rgb", "--out", str(tmp_path / "alone")])
+    a, b = (ae.load_autoencoder(tmp_path / n / "ae.pt") for n in ("alone", "encoding_rgb"))
+    assert a.encoding == b.encoding == "rgb" and all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert ae.load_autoencoder(tmp_path / "encoding_bits" / "ae.pt").encoding == "bits"
+    ae.main(flags + ["--lr", "1e-2", "--clip", "100", "--kl", "0", "0.1", "10", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    figures = json.loads((tmp_path / "r.json").read_text())["by_kl"]
+    assert list(figures) == ["0.0", "0.1", "10.0"] and len({row["latent_std"] for row in figures.values()}) == 3 and (tmp_path / "kl.png").exists()
+    one_line_error(capsys, ae.main, flags + ["--encoding", "bits", "rgb", "--kl", "0", "1", "--out", str(tmp_path)], "--encoding and --kl")
+
+
 def leaves(value):
     """All tensors in nested dicts and lists."""
     if torch.is_tensor(value):
@@ -772,6 +791,58 @@ def test_sd_model_trains_samples_and_needs_no_download_afterwards(tmp_path, sd_f
     assert torch.equal(model.unet.time_embedding.linear_1.weight, before)              # frozen
     ids, segments_info = sample.segment(model, Image.new("RGB", (50, 40), "red"), steps=2)
     assert ids.shape == (40, 50) and ids.dtype == np.int32 and sum(s["area"] for s in segments_info) == (ids > 0).sum()
+
+
+def test_sd_vae_is_stable_diffusions_between_new_ends(sd_folder):
+    """Against diffusers' own encode and decode, with only the first and the last layer exchanged."""
+    vae = ae.load_sd(str(sd_folder), "vae").eval()
+    model, ids = ae.SDAutoencoder(16, vae=ae.load_sd(str(sd_folder), "vae")).eval(), torch.randint(0, 16, (2, 32, 32))
+    assert (model.factor, model.width) == (8, 32)
+    vae.encoder.conv_in, vae.decoder.conv_out = model.encoder[0].conv_in, model.decoder[1].conv_out
+    with torch.no_grad():
+        theirs = vae.encode(data.encode_ids(ids, 16)).latent_dist
+        mean, logvar = model.encode(ids)
+        assert mean.shape == (2, 4, 4, 4) and torch.allclose(mean, theirs.mean) and torch.allclose(logvar, theirs.logvar)
+        logits = model.decode(mean)
+        assert logits.shape == (2, 16, 32, 32) and torch.allclose(logits, vae.decode(mean).sample)
+    again = ae.from_settings(json.loads(json.dumps(model.settings)))       # settings are plain, and make the same model
+    again.load_state_dict(model.state_dict())
+    assert isinstance(again, ae.SDAutoencoder) and again.settings["num_ids"] == 16
+
+
+def test_sd_vae_learns():
+    """A batch learnt by heart with the same losses: gradients reach all of it, the new ends too."""
+    torch.manual_seed(0)
+    model, ids = ae.SDAutoencoder(8, factor=4, width=32), torch.randint(1, 8, (2, 2, 2)).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), []
+    for _ in range(40):
+        logits = model(ids)[0]
+        ce, n_ce, mask, n_mask = ae.segmentation_losses(logits, ids, *ae.draw_points(logits, ids, 64))
+        losses.append(ce / n_ce + mask / n_mask)
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0] and all(p.grad.any() for k, p in model.named_parameters() if "to_k.bias" not in k)   # which softmax ignores
+
+
+@pytest.mark.parametrize("model", ["sd", "small"])
+def test_sd_vae_serves_every_script(tmp_path, sd_folder, monkeypatch, capsys, model):
+    flags = ["--model", model, "--data", "shapes", "--size", "32", "--batch_size", "2", "--eval_images", "2", "--num_workers", "0", "--warmup", "1",
+             "--device", "cpu", "--out", str(tmp_path)] + ["--sd", str(sd_folder)] * (model == "sd")
+    ae.main(flags + ["--arch", "sd_vae", "--num_ids", "8", "--width", "32", "--iters", "2"])
+    assert "sd_vae" in capsys.readouterr().out
+    diffusion.main(flags + ["--channels", "16", "--iters", "1", "--steps", "1"])
+    def no_download(*args, **kwargs):
+        raise AssertionError("nothing may be downloaded for a checkpoint")
+    monkeypatch.setattr(ae, "load_sd", no_download)
+    one_line_error(capsys, ae.main, flags + ["--ckpt", str(tmp_path / "ae.pt"), "--arch", "shallow"], "--arch shallow", "sd_vae")
+    ae.main(flags + ["--ckpt", str(tmp_path / "ae.pt"), "--iters", "0"])
+    sampling = ["--ckpt", str(tmp_path / "ldm.pt"), "--limit", "2", "--steps", "1", "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path),
+                "--json", str(tmp_path / "r.json")]
+    sample.main(sampling)
+    inpaint.main(sampling + ["--drop", "0"])
+    assert json.loads((tmp_path / "r.json").read_text())["pq"] == 100      # all is given: all is kept
+    assert isinstance(sample.load(tmp_path / "ldm.pt").autoencoder, ae.SDAutoencoder)
 
 
 def save_like_the_release(path, **content):
