@@ -183,7 +183,7 @@ def segment_means(x, ids, count):
 class Classifier(nn.Module):
     """Labels proposals (paper 4.2, Table 2): DeepLabv3's head gives class logits of the image, their mean over a proposal labels it.
 
-    categories: list of {id, name, isthing}; model: "sd" has a ResNet-50 under the head, "small" a few layers, 0.23 M parameters
+    categories: list of {id, name, isthing}; model: "sd" has a ResNet-50 under the head, "small" four layers, 0.27 M parameters
     in all. `forward` is the training loss."""
 
     def __init__(self, categories, model):
@@ -196,7 +196,7 @@ class Classifier(nn.Module):
         else:
             channels, width, rates = 64, 64, (2, 4, 6)
             layer = lambda c, d, stride: [nn.Conv2d(c, d, 3, stride, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU()]
-            self.backbone = nn.Sequential(*layer(3, 32, 2), *layer(32, channels, 2), *layer(channels, channels, 1))
+            self.backbone = nn.Sequential(*layer(3, 32, 2), *layer(32, channels, 2), *layer(channels, channels, 1), *layer(channels, channels, 1))
         self.head = nn.Sequential(ASPP(channels, rates, width), nn.Conv2d(width, width, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, len(categories), 1))
 
