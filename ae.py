@@ -592,10 +592,10 @@ def parse(parser, models, argv, kind):
     return args
 
 
-def compare(main, argv, args, flags):
+def compare(main, argv, args, flags, more=()):
     """Where a flag has several values: run `main` with each, alike in all else and in a folder of its own, then print a table.
 
-    Over numbers PQ is plotted too. Returns whether there was such a flag; otherwise args get the single values. Raises BadInput."""
+    more: flags that every run gets. Over numbers PQ is plotted too. Returns whether there was such a flag; otherwise args get the single values. Raises BadInput."""
     several = {name: getattr(args, name) for name in flags if isinstance(getattr(args, name), list) and len(getattr(args, name)) > 1}
     if len(several) > 1:
         raise BadInput(f"--{' and --'.join(several)}: several values for one flag at a time")
@@ -603,7 +603,7 @@ def compare(main, argv, args, flags):
         figures, out = {}, Path(args.out)
         for value in values:
             folder = out / f"{name}_{value}"
-            main([*(sys.argv[1:] if argv is None else argv), f"--{name}", str(value), "--out", str(folder), "--json", str(folder / "figures.json")])
+            main([*(sys.argv[1:] if argv is None else argv), f"--{name}", str(value), "--out", str(folder), "--json", str(folder / "figures.json"), *more])
             figures[value] = json.loads((folder / "figures.json").read_text())
         if is_main():
             keys = [k for k in figures[value] if k != "images"]

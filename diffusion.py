@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 diffusion.py              # on eight GPUs; --batch_size is the global one
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 diffusion.py     # on two machines
     python diffusion.py --model small --data shapes       # built-in scenes, from scratch, no download
+    python diffusion.py --loss_weight snr linear none     # trained alike, one after the other, with a table (ablations)
     python diffusion.py --ckpt checkpoints/ldm.pt --iters 0 --export ldm.pt    # evaluate; write the weights in half precision
     python diffusion.py --ckpt checkpoints/ldm.pt --classes only --iters 20000 --out checkpoints/classes     # Table 2's classifier
 
@@ -463,9 +464,10 @@ def main(argv=None):
     add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
         help="a new --model small: channels at the first resolution (default %(default)s)")
     add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
-    add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4 (default: sd linear, small none)")
-    add("--latent_scale", type=data.amount, help="factor on z (default: sd 0.18215; small, or 0: half of unit variance, measured)")
-    add("--self_cond", type=data.fraction, help="share of samples with self-conditioning (default: sd 1, small 0.5)")
+    add("--loss_weight", choices=["linear", "snr", "none"], nargs="+", help="w_j of eq. 4; several are compared (default: sd linear, small none)")
+    add("--latent_scale", type=data.amount, nargs="+", help="factor on z; several are compared (default: sd 0.18215; small, or 0: half of unit "
+        "variance, measured)")
+    add("--self_cond", type=data.fraction, nargs="+", help="share of samples with self-conditioning; several are compared (default: sd 1, small 0.5)")
     add("--ema", type=data.fraction, help="decay of the averaged weights, 0 for none (default: sd 0, small 0.999)")
     add("--clip", type=data.amount, help="largest gradient norm (default 1)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
@@ -476,6 +478,8 @@ def main(argv=None):
     add("--export", metavar="FILE", help="at the end also write the weights in half precision")
     parser.set_defaults(weight_decay=None)
     args = ae.parse(parser, MODELS, argv, "ldm")
+    if ae.compare(main, argv, args, ("loss_weight", "latent_scale", "self_cond"), ["--ae", str(args.ae or Path(args.out) / "ae.pt")]):
+        return
     DDIM().timesteps(args.steps)
     data.require_data(args.data)
     device, rank, world = ae.setup(args)

@@ -1022,6 +1022,18 @@ def test_diffusion_learns(tmp_path, trained):
     assert all((tmp_path / n).stat().st_size > 500 for n in ("ldm.pt", "ldm_best.pt", "ldm_state.pt", "ldm.png", "ldm_loss.png"))
 
 
+def test_diffusion_compares_ablations(tmp_path, trained, capsys):
+    flags = TINY_LDM + ["--iters", "4", "--ae", str(trained / "ae.pt"), "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]
+    diffusion.main(flags + ["--loss_weight", "snr", "none"])
+    assert list(json.loads((tmp_path / "r.json").read_text())["by_loss_weight"]) == ["snr", "none"]
+    state = [torch.load(tmp_path / f"loss_weight_{w}" / "ldm_state.pt", weights_only=True) for w in ("snr", "none")]
+    assert state[0]["losses"] == state[1]["losses"] == [] and not all(torch.equal(a, b) for a, b in zip(leaves(state[0]["unet"]), leaves(state[1]["unet"])))
+    diffusion.main(flags + ["--latent_scale", "1", "0.18215"])
+    scales = [torch.load(tmp_path / f"latent_scale_{w}" / "ldm.pt", weights_only=True)["settings"]["latent_scale"] for w in (1.0, 0.18215)]
+    assert scales == [1, 0.18215] and (tmp_path / "latent_scale.png").exists()
+    one_line_error(capsys, diffusion.main, flags + ["--self_cond", "0", "1", "--latent_scale", "1", "2"], "--latent_scale and --self_cond")
+
+
 def test_saved_weights_are_the_average(tmp_path, trained):
     diffusion.main(TINY_LDM + ["--ae", str(trained / "ae.pt"), "--iters", "4", "--ema", "0.9", "--out", str(tmp_path)])
     state, saved = torch.load(tmp_path / "ldm_state.pt", weights_only=True), sample.load(tmp_path / "ldm.pt")
