@@ -128,11 +128,18 @@ def plain(config):
     return {k: v for k, v in dict(config).items() if not k.startswith("_")}
 
 
+# Stable Diffusion 1.4's networks, where its classes' defaults differ.
+SD = {"unet": dict(sample_size=64, cross_attention_dim=768),
+      "vae": dict(sample_size=512, block_out_channels=[128, 256, 512, 512], layers_per_block=2, norm_num_groups=32,
+                  down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)}
+
+
 def load_sd(name, part):
-    """Stable Diffusion's "unet" or "vae" with its weights, from a hub id or a folder. Raises BadInput."""
+    """Stable Diffusion's "unet" or "vae" with its weights, from a hub id or a folder; "none": untrained. Raises BadInput."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    network = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
     try:
-        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part].from_pretrained(name, subfolder=part)
+        return network(**SD[part]) if name == "none" else network.from_pretrained(name, subfolder=part)
     except (OSError, ValueError) as error:
         raise BadInput(f"--sd {name}: can't be loaded ({str(error).strip().splitlines()[0][:120]}); give a hub id with network, "
                        "or a folder with unet/ and vae/; --model small needs no download") from None
@@ -556,7 +563,7 @@ def training_flags(parser, models):
     add = parser.add_argument
     add("--model", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default: that of --ckpt, else sd)")
     add("--sd", default="CompVis/stable-diffusion-v1-4", metavar="ID_OR_FOLDER",
-        help="Stable Diffusion's weights for --model sd: hub id, or folder with unet/ and vae/ (default %(default)s)")
+        help="Stable Diffusion's weights for --model sd: hub id, folder with unet/ and vae/, or 'none' for untrained ones (default %(default)s)")
     add("--train_split", help="(default: that of --ckpt, else train2017)")
     add("--val_split", help="(default: that of --ckpt, else val2017)")
     add("--iters", type=data.natural, help="iterations")

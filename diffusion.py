@@ -335,6 +335,13 @@ def new_model(args, autoencoder, train_set, about):
         latent_scale=scale, prediction=args.prediction or "epsilon", **about))
 
 
+def untrained(kind, size=0):
+    """A model of --model `kind` with random weights, to time (sample.py --bench). size: side of its input, 0 for the usual one."""
+    stage1 = {k: ae.MODELS[kind][k] for k in ("num_ids", "factor", "width")}
+    args = argparse.Namespace(model=kind, sd="none", size=size or ae.MODELS[kind]["size"], channels=48, prediction=None, latent_scale=SD_SCALE)
+    return new_model(args, ae.Autoencoder(**stage1), None, dict(size=args.size, min_area=ae.min_area(args.size), self_cond=True)).eval()
+
+
 def image_noise(seed, keys, shape, device):
     """Gaussian noise that belongs to (seed, image): len(keys) x shape, whatever batch an image comes in."""
     draws = []

@@ -6,6 +6,7 @@
     python sample.py --images photo.jpg                   # segment any picture, or a folder of them
     python sample.py --images photo.jpg --trajectory      # also how the masks come into being: strip and GIF (Fig. S4)
     torchrun --nproc_per_node=8 sample.py                 # evaluate on eight GPUs
+    python sample.py --bench sd --steps 10 20 50          # seconds an image of the paper's model, random weights (Table S1)
 
 Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. Here are its inputs and outputs.
 With a classifier in the checkpoint (diffusion.py --classes) segments have categories, and PQ is printed with and without them.
@@ -138,6 +139,39 @@ def draw_trajectory(model, images, keys, args, out):
     print(f"-> {out / 'trajectory.png'}, {out / 'trajectory.gif'}")
 
 
+@torch.no_grad()
+def bench(args, device, precision):
+    """Table S1: seconds an image by sampling steps and by part, for a model of the paper's or the small size with random weights.
+
+    Each part is run once to warm up, then three times; the median is printed. Returns the figures."""
+    model = diffusion.untrained(args.bench, args.size).to(device, memory_format=torch.channels_last)
+    size, batch, results = model.settings["size"], args.batch_size, {}
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+
+    def seconds(function):
+        times = []
+        for _ in range(4):
+            began, value = time.perf_counter(), function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - began) / batch)
+        return float(np.median(times[1:])), value
+    with ae.autocast(precision, device):
+        encode, image_latent = seconds(lambda: model.encode_image(images))
+        noise = diffusion.image_noise(0, range(batch), (4, *image_latent.shape[2:]), device)
+        unet, _ = seconds(lambda: model.denoise(noise, image_latent, noise, 500))
+        decode, logits = seconds(lambda: model.decode(noise))
+        post, _ = seconds(lambda: [ae.postprocess(l, size, size, 0.5, model.settings["min_area"]) for l in logits])
+        print(f"--model {args.bench}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
+              f"{device.type}, {precision}; seconds an image\n  image encoder {encode:.4f}, UNet {unet:.4f} a step, decoder {decode:.4f}, post-processing {post:.4f}")
+        print(f"{'steps':>6}{'sampling':>10}{'UNet part':>11}{'in all':>9}")
+        for steps in args.steps:
+            loop, _ = seconds(lambda: model.sample(image_latent, noise, steps))
+            results[steps] = {"sampling": loop, "in_all": encode + loop + decode + post}
+            print(f"{steps:6}{loop:10.3f}{100 * steps * unet / loop:10.0f}%{results[steps]['in_all']:9.3f}", flush=True)
+    return {"image_encoder": encode, "unet_step": unet, "decoder": decode, "postprocess": post, "by_steps": results}
+
+
 def find_images(path):
     """A file or a folder -> list of pictures. Raises BadInput if there is none, or if two would get the same name."""
     path = Path(path)
@@ -235,6 +269,7 @@ def main(argv=None):
     parser = data.Parser(__doc__, out="out")
     sampling_flags(parser, renoise=False)
     parser.add_argument("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
+    parser.add_argument("--bench", choices=list(diffusion.MODELS), help="only time a model of this size, with random weights")
     parser.add_argument("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
     parser.add_argument("--seeds", type=data.natural, nargs="+", metavar="SEED", help="two or more: compare what these seeds give")
     parser.add_argument("--trajectory", action="store_true", help="also draw the estimates of z^0 of the first four images over the steps")
@@ -247,8 +282,13 @@ def main(argv=None):
     if args.seeds and (files or len(set(args.seeds)) < 2):
         raise BadInput("--seeds: two or more different ones, to compare on a split (not with --images)")
     device, rank, world = ae.setup(args)
-    model, out = open_model(args, device), Path(args.out)
     precision = ae.pick_precision(args.precision, device)
+    if args.bench:
+        figures = bench(args, device, precision)
+        if args.json:
+            data.write_json(args.json, figures)
+        return
+    model, out = open_model(args, device), Path(args.out)
 
     if files:
         began = time.time()
