@@ -241,14 +241,19 @@ def drop_input(ids):
 def postprocess(logits, height, width, threshold=0.5, min_area=0):
     """The paper's evaluation protocol (supplement B): logits (N x h x w) -> id map (height x width, int32 array).
 
-    Resize the logits, softmax, argmax; pixels whose probability is under `threshold` and segments under `min_area`
-    pixels become void (0)."""
-    logits = F.interpolate(logits[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
-    probability, ids = logits.softmax(0).max(0)
-    ids = ids.masked_fill(probability < threshold, 0)
-    areas = ids.flatten().bincount(minlength=len(logits))
-    ids = ids.masked_fill(areas[ids] < min_area, 0)
-    return ids.int().cpu().numpy()
+    Resize the logits (bilinear), softmax, argmax; pixels whose probability is under `threshold` and segments under
+    `min_area` pixels become void (0). Works in strips of rows, so that N channels never stand at the image's full size."""
+    n, h, _ = logits.shape
+    y = ((torch.arange(height, device=logits.device) + 0.5) * h / height - 0.5).clamp(min=0)
+    ids = torch.empty(height, width, dtype=torch.int32, device=logits.device)
+    for rows in torch.arange(height, device=logits.device).split(max(1, (1 << 22) // (n * width))):    # 16 MB each: fits the cache
+        top = y[rows].long()
+        strip = torch.lerp(logits[:, top].float(), logits[:, (top + 1).clamp(max=h - 1)].float(), (y[rows] - top)[:, None])     # N x rows x w
+        strip = F.interpolate(strip[None], size=(len(rows), width), mode="bilinear", align_corners=False)[0]                    # N x rows x width
+        best, found = strip.max(0)
+        ids[rows] = found.masked_fill((best - strip.logsumexp(0)).exp() < threshold, 0).int()
+    areas = ids.flatten().bincount(minlength=n)
+    return ids.masked_fill((areas < min_area)[ids], 0).cpu().numpy()
 
 
 def describe(ids, category_id=1):

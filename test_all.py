@@ -579,6 +579,20 @@ def test_postprocess_thresholds_and_drops_small_segments():
     assert ae.postprocess(logits, 24, 16).shape == (24, 16)
 
 
+def test_postprocess_in_strips_equals_the_whole(monkeypatch):
+    for shape, (height, width) in (((16, 16, 16), (90, 4500)), ((128, 9, 7), (1300, 600)), ((4, 8, 8), (5, 3)), ((4, 2, 2), (1, 1))):
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(height)) * 3
+        big = F.interpolate(logits[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+        probability, ids = big.softmax(0).max(0)
+        first, second = big.topk(2, dim=0).values
+        certain = ((first - second > 1e-4) & ((probability - 0.5).abs() > 1e-5)).numpy()      # elsewhere rounding may decide
+        whole = ids.masked_fill(probability < 0.5, 0).numpy()
+        monkeypatch.setattr(torch.Tensor, "split", lambda x, n: [x[i:i + max(1, n // 97)] for i in range(0, len(x), max(1, n // 97))])
+        found = ae.postprocess(logits, height, width)
+        monkeypatch.undo()
+        assert found.dtype == np.int32 and np.array_equal(found[certain], whole[certain]) and certain.mean() > 0.99
+
+
 def gradients(module, run):
     module.zero_grad()
     run()
@@ -1259,6 +1273,18 @@ def test_untrained_models_are_timed(tmp_path, capsys):
     assert [sum(p.numel() for p in m.parameters()) for m in (unet, vae)] == [859_520_964, 83_653_863]
 
 
+def test_sample_evaluates_a_cityscapes_folder(tmp_path, trained, capsys):
+    """Names as cityscapesScripts' createPanopticImgs.py writes them: city folders, _gtFine_ in the JSON alone."""
+    write_panoptic(tmp_path / "c", "val", sub="frankfurt", suffix="_gtFine_panoptic.png")
+    path = tmp_path / "c" / "annotations" / "panoptic_val.json"
+    path.write_text(re.sub(r'"file_name": "(\d+).png"', r'"file_name": "\1_gtFine_leftImg8bit.png"', path.read_text()))
+    for image in (tmp_path / "c" / "val" / "frankfurt").iterdir():
+        image.rename(image.with_name(image.stem + "_leftImg8bit.png"))
+    sample.main(["--ckpt", str(trained / "ldm.pt"), "--data", str(tmp_path / "c"), "--split", "val", "--steps", "1", "--num_workers", "0",
+                 "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["images"] == 3
+
+
 def test_agreement_by_hand():
     a = np.array([[1, 1, 2, 2]])
     assert np.array_equal(sample.agreement([a, a * 3, 7 - a]), np.ones((1, 4)))                # other ids, the same segments
@@ -1368,6 +1394,9 @@ def test_a_killed_training_resumes_to_the_same_bits(tmp_path, trained, stage, wo
     """SIGKILL at random moments, every third one while a file is being written; `make test-long` tries more often."""
     flags = {"ae": TINY_AE, "ldm": TINY_LDM + ["--ae", str(trained / "ae.pt")],
              "classifier": TINY_LDM + ["--ckpt", str(trained / "ldm.pt"), "--classes", "only"]}[stage]
+    if stage == "ae":                                      # five files, so that kills come in mid-epoch
+        write_panoptic(tmp_path / "data", count=5, size=(32, 30))
+        flags = flags + ["--data", str(tmp_path / "data"), "--train_split", "val2017", "--val_split", "val2017"]
     stage = stage.replace("classifier", "ldm")
     flags = flags + ["--iters", "9", "--save_every", "1", "--log_every", "3", "--eval_every", "5", "--num_workers", "1"]
     start_training(stage, ["--help"], tmp_path / "warm")[0].join()          # the imports are not part of the span
