@@ -760,7 +760,8 @@ def main(argv=None):
             last = k == args.accum - 1
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
                 with autocast(precision, device):
-                    logits, mean, logvar = ddp(drop_input(ids) if teacher else ids)          # b x N x 4h x 4w
+                    inputs = drop_input(ids) if teacher else ids
+                    logits, mean, logvar = ddp(inputs)                     # b x N x 4h x 4w
                 if args.accum == 1:
                     points = [draw_points(logits, ids, args.points)]
                 ce, n_ce, mask, n_mask = segmentation_losses(logits, ids, *points[k])
@@ -775,8 +776,10 @@ def main(argv=None):
                 loss = ce / counts[0] + mask / counts[1]
                 if args.kl:
                     loss = loss + args.kl * kl_loss(mean, logvar) / args.batch_size
-                if teacher:                                                # instead: the latents of the full map
-                    loss = F.mse_loss(mean, teacher.encode(ids)[0].detach()) / (args.accum * world)
+                if teacher:                                                # instead: the latents of the full map, where any of it is given
+                    given = F.max_pool2d((inputs > 0).float()[:, None], args.factor)         # b x 1 x h x w
+                    error = (mean - teacher.encode(ids)[0].detach()).square().mean(1, keepdim=True)
+                    loss = (error * given).sum() / given.sum().clamp(min=1) / (args.accum * world)
                 parts += torch.stack([loss, ce / counts[0], mask / counts[1]]).detach()
                 scaler.scale(loss * world).backward()                      # DDP averages over ranks; the counts are global
         scaler.unscale_(optimizer)
