@@ -816,6 +816,8 @@ def test_the_authors_diffusion_checkpoint_loads_samples_and_trains(tmp_path, old
     s = model.settings
     assert (s["size"], s["min_area"], s["prediction"], s["self_cond"], model.scale) == (512, 512, "epsilon", True, 0.25)
     assert model.unet.config.attention_head_dim == 8 and not model.training
+    if not old_names:
+        return                                             # the scripts below need to see one of the two
 
     Image.new("RGB", (60, 40), "navy").save(tmp_path / "x.png")
     given = np.zeros((40, 60), np.int32)
