@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 ae.py                     # the same on eight GPUs (several nodes: torchrun's own flags)
     python ae.py --model small --data shapes              # built-in scenes, minutes on a laptop
     python ae.py --arch sd_vae                            # fine-tune Stable Diffusion's VAE instead (Table 1's variant)
+    python ae.py --arch shallow sd_vae                    # train both alike, and a table
     python ae.py --encoding bits rgb onehot positional    # each trained alike, and a table (section 3.1)
     python ae.py --kl 0 1e-6 1e-5 1e-4 1e-3               # the same over the weight of a KL term, and a plot (Fig. 9, middle)
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
@@ -618,10 +619,10 @@ def compare(main, argv, args, flags, more=()):
             main([*(sys.argv[1:] if argv is None else argv), f"--{name}", str(value), "--out", str(folder), "--json", str(folder / "figures.json"), *more])
             figures[value] = json.loads((folder / "figures.json").read_text())
         if is_main():
-            keys = [k for k in figures[value] if k != "images"]
-            print("".join([f"{name:>12}", *(f"{k:>13}" for k in keys)]))
+            widths = {k: max(len(k), 6) + 2 for k in figures[value] if k != "images"}
+            print("".join([f"{name:>12}", *(f"{k:>{w}}" for k, w in widths.items())]))
             for value, row in figures.items():
-                print("".join([f"{value:>12}", *(f"{row[k]:13.2f}" for k in keys)]))
+                print("".join([f"{value:>12}", *(f"{row[k]:{w}.4g}" for k, w in widths.items())]))
             if not isinstance(value, str):                                 # 0 has no logarithm: it stands a decade to the left
                 zero = min([v for v in figures if v], default=1) / 10
                 points = sorted((math.log10(v or zero), row["pq"]) for v, row in figures.items())
@@ -677,8 +678,8 @@ def main(argv=None):
     """Command line: train and evaluate stage 1."""
     parser = data.Parser(__doc__, out="checkpoints")
     training_flags(parser, MODELS)
-    parser.add_argument("--arch", choices=["shallow", "sd_vae"],
-                        help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, from --sd or with --model small narrow and untrained (default shallow)")
+    parser.add_argument("--arch", choices=["shallow", "sd_vae"], nargs="+", help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, "
+                        "from --sd or with --model small narrow and untrained; both are compared (default shallow)")
     parser.add_argument("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
     parser.add_argument("--encoding", choices=data.ENCODINGS, nargs="+", help="of the ids at the input; several are compared (default bits)")
     parser.add_argument("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
@@ -689,7 +690,7 @@ def main(argv=None):
                         "latents of the full one (decoder and diffusion model stay as they are)")
     parser.add_argument("--kl", type=data.amount, nargs="+", default=0.0, help="weight of a KL term; several are compared (default %(default)s)")
     args = parse(parser, MODELS, argv, "ae")
-    if compare(main, argv, args, ("encoding", "kl")):
+    if compare(main, argv, args, ("arch", "encoding", "kl")):
         return
     args.accum, args.encoding, args.arch = args.accum or 1, args.encoding or "bits", args.arch or "shallow"
     if args.drop_input and not args.ckpt:
@@ -821,7 +822,7 @@ def main(argv=None):
         if is_main():
             data.picture(out / "ae.png", rows, ["image", "ids", "reconstruction", "error"])
     if is_main():
-        percent = {k: 100 * result[k] for k in ("pq", "sq", "rq")}
+        percent, millions = {k: 100 * result[k] for k in ("pq", "sq", "rq")}, sum(p.numel() for p in model.parameters()) / 1e6
         print(f"reconstruction of {len(val_set)} {args.val_split} images: " + "  ".join(f"{k.upper()} {v:.1f}" for k, v in percent.items()) +
               f"  (latents: std {stats['latent_std']:.2f}, largest {stats['latent_max']:.1f}) -> {out / 'ae.png'}")
         if start < args.iters:
@@ -829,7 +830,7 @@ def main(argv=None):
             curves = {k: zip(*[(e["iteration"], e[k]) for e in entries if k in e]) for k in ("loss", "ce", "mask")}
             data.plot(out / "ae_loss.png", curves, "iteration", "loss", log_y=True)
         if args.json:
-            data.write_json(args.json, {"images": len(val_set), **percent, **stats})
+            data.write_json(args.json, {"images": len(val_set), **percent, **stats, "parameters_millions": millions})
     data.say_left_out(train_set, reduce_sum(train_set.broken.double(), device))
     stop.leave(out / "ae_state.pt", args.iters)
 

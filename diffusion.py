@@ -674,6 +674,9 @@ def main(argv=None):
             curve = lambda key: zip(*[(e["iteration"], e[key]) for e in entries if key in e])
             data.plot(out / "ldm_loss.png", {"loss": curve("loss")}, "iteration", "loss", log_y=True)
             data.plot(out / "ldm_pq.png", {"validation PQ": curve("val_pq")}, "iteration", "PQ")
+            speed = sorted(e["images_per_second"] for e in entries if "images_per_second" in e)
+            if speed:
+                print(f"training took {1 / speed[len(speed) // 2]:.4f} s per image (median)")
         if args.json:
             data.write_json(args.json, {"images": len(val_set), **percent(result)})
         if args.export:
