@@ -109,7 +109,7 @@ class SDAutoencoder(Autoencoder):
         if not isinstance(vae, nn.Module):
             widths = [width >> i for i in reversed(range(factor.bit_length()))]
             vae = AutoencoderKL(**vae or dict(
-                block_out_channels=widths, norm_num_groups=min(32, widths[0]), down_block_types=["DownEncoderBlock2D"] * len(widths),
+                block_out_channels=widths, norm_num_groups=max(1, widths[0] // 4), down_block_types=["DownEncoderBlock2D"] * len(widths),
                 up_block_types=["UpDecoderBlock2D"] * len(widths)))
         vae.encoder.conv_in = nn.Conv2d(data.id_channels(encoding, num_ids), vae.encoder.conv_in.out_channels, 3, padding=1)
         vae.decoder.conv_out = nn.Conv2d(vae.decoder.conv_out.in_channels, num_ids, 3, padding=1)
