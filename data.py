@@ -3,6 +3,7 @@
     python data.py --data shapes                                  # draw a sheet of built-in scenes
     python data.py --data data/coco --split val2017               # look into a COCO-style folder
     python data.py --check data/coco                              # read all of it, name every broken image and mask
+    python data.py --bench                                        # images/s beside Pillow's own
 
 A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void), `segments_info` (as COCO has it:
 id, category_id, iscrowd, area), `image_id`, `file_name`. Sources that give it, chosen by `open_data`:
@@ -24,6 +25,8 @@ import os
 import random
 import re
 import sys
+import tempfile
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -154,7 +157,12 @@ class Shapes:
         return self.length
 
     def __getitem__(self, index):
+        return self.sample(index)
+
+    def sample(self, index, side=None):
+        """Sample `index`; side: its image squashed to side x side, with 0 none at all."""
         image, ids, categories = draw_scene(self.seed, self.split, index, self.size, self.max_shapes)
+        image = image if side is None else resize_image(image, side) if side else None
         areas = np.bincount(ids.ravel(), minlength=len(categories) + 1)
         segments = [{"id": i + 1, "category_id": c, "iscrowd": 0, "area": int(areas[i + 1])} for i, c in enumerate(categories)]
         return {"image": image, "ids": ids, "segments_info": segments, "image_id": index, "file_name": f"{index:06d}.png"}
@@ -167,15 +175,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")  # Pi
 Image.MAX_IMAGE_PIXELS = 200_000_000  # `_open_image` refuses more; --max_pixels sets it
 
 
-def to_rgb(image):
-    """PIL image of any mode -> H x W x 3 uint8: 16 and 32 bit are brought to 0..255, transparency is put on white."""
+def to_rgb(image, side=None):
+    """PIL image of any mode -> H x W x 3 uint8: 16 and 32 bit are brought to 0..255, transparency is put on white.
+
+    side: squash it to side x side."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image).astype(np.float64))
         top = 255 if values.max() <= 255 else 65535 if values.max() <= 65535 else values.max()
         image = Image.fromarray((values.clip(0) * (255 / top)).astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    image = image if image.mode == "RGB" else image.convert("RGB")         # which would copy it
+    return np.asarray(image if side is None else image.resize((side, side), Image.BICUBIC))
 
 
 def _open_image(path, what, read):
@@ -202,13 +213,14 @@ def read_image(path, upright=False):
 def read_id_png(path):
     """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32. Raises BadInput."""
     def read(image):
-        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
             image = image.convert({"LA": "L", "PA": "P", "F": "I"}.get(image.mode, "RGB"))
         if image.mode != "RGB":
             return np.asarray(image).astype(np.int64)
-        return (np.frombuffer(image.tobytes("raw", "RGBX"), "<i4") & 0xFFFFFF).reshape(image.height, image.width)  # four bytes a pixel
+        image.putalpha(0)                                                  # in place: the bytes of a pixel are those of its id
+        return np.frombuffer(image.tobytes(), "<i4").reshape(image.height, image.width)
     ids = _open_image(path, "id PNG", read)
-    if ids.min() < 0 or ids.max() >= 1 << 24:
+    if ids.dtype == np.int64 and (ids.min() < 0 or ids.max() >= 1 << 24):
         raise BadInput(f"{path}: holds ids outside 0..{(1 << 24) - 1}", "undecodable id PNG")
     return ids.astype(np.int32, copy=False)
 
@@ -376,19 +388,24 @@ class Folder:
         return self._by_name.get(path.name) or self._by_name.get(path.name.replace("_gtFine_", "_")) or path
 
     def __getitem__(self, index):
-        sample, wrong = self.load(index)
+        return self.sample(index)
+
+    def sample(self, index, side=None):
+        """Sample `index`; side: its image squashed to side x side, with 0 none at all. Raises BadInput if it can't be used."""
+        sample, wrong = self.load(index, side)
         if wrong:
             raise wrong[0]
         return sample
 
-    def load(self, index):
-        """Sample `index` and a list of BadInput: all that makes it unusable. What can't be read is None in the sample."""
+    def load(self, index, side=None):
+        """Sample `index`, its image as in `sample`, and a list of BadInput: all that makes it unusable. What can't be read is None."""
         Image.MAX_IMAGE_PIXELS = self.max_pixels                           # a spawned worker knows only the default
         info, annotations = json.loads(self.items[index])
         image, ids, segments, wrong = None, None, [], []
+        shape = info.get("height"), info.get("width")                      # if the image does not say
         with _collect(wrong):
-            image = read_image(self._find(info["file_name"]))
-        shape = image.shape[:2] if image is not None else (info.get("height"), info.get("width"))
+            read = lambda i: (i.size[::-1], to_rgb(i, side) if side != 0 else None)
+            shape, image = _open_image(self._find(info["file_name"]), "image", read)
         with _collect(wrong):
             if self.layout == "panoptic":
                 ids, segments = self._panoptic(info, annotations, shape, wrong)
@@ -401,7 +418,7 @@ class Folder:
         (sample, wrong), (info, _) = self.load(index), json.loads(self.items[index])
         name, ids = self.images_dir / info["file_name"], sample["ids"]
         if sample["image"] is not None:
-            height, width = sample["image"].shape[:2]
+            height, width, _ = sample["image"].shape
             said = info.get("width") or width, info.get("height") or height
             if said != (width, height):
                 wrong.append(BadInput(f"{name}: is {width} x {height} pixels, {self.json.name} says {said[0]} x {said[1]}", "size mismatch"))
@@ -460,11 +477,10 @@ def check(folder, splits=None, num_ids=128, background="segment", num_workers=0)
     splits = splits or sorted({f.stem.partition("_")[2] for f in files})
     if not splits:
         raise BadInput(f"--check {folder}: no annotations/panoptic_NAME.json or annotations/instances_NAME.json there")
-    from torch.utils.data import DataLoader
     images, counts = 0, {}
     for split, source in [(s, Folder(folder, s, background)) for s in splits]:                 # structural faults come first
         read = functools.partial(source.faults, num_ids=num_ids)           # runs in the workers
-        found = DataLoader(range(len(source)), batch_size=None, collate_fn=read, num_workers=num_workers)
+        found = torch.utils.data.DataLoader(range(len(source)), batch_size=None, collate_fn=read, num_workers=num_workers)
         for kind, line in (fault for faults in tqdm(found, split, unit="image", mininterval=1) for fault in faults):
             tqdm.write(f"{kind}: {line}")
             counts[kind] = counts.get(kind, 0) + 1
@@ -499,17 +515,17 @@ def resize_ids(ids, height, width):
     """Nearest-neighbour resize of an H x W id map (the pixel whose centre is nearest, as Pillow does)."""
     rows = ((np.arange(height) + 0.5) * ids.shape[0] / height).astype(int)
     cols = ((np.arange(width) + 0.5) * ids.shape[1] / width).astype(int)
-    return ids[rows[:, None], cols]
+    return ids.take(rows, 0).take(cols, 1)
 
 
 def resize_image(image, size):
     """Squash an H x W x 3 uint8 image to size x size without cropping (bicubic, antialiased)."""
-    return image if image.shape[:2] == (size, size) else np.asarray(Image.fromarray(image).resize((size, size), Image.BICUBIC))
+    return image if image.shape[:2] == (size, size) else to_rgb(Image.fromarray(image), size)
 
 
 def to_tensor(image):
     """H x W x 3 uint8 array -> 3 x H x W uint8 tensor."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
 
 
 def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
@@ -517,11 +533,12 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
 
     Crowd and segments under min_area pixels become void; of more than num_ids - 1, the largest stay (said once).
     mapping: a dict that receives the new id of each old one (0: became void)."""
-    listed = np.array([s["id"] for s in segments_info if not s.get("iscrowd")], np.int64)
-    index = np.zeros(max(ids.max(), listed.max(initial=0)) + 1, np.int32)      # id -> position in `listed`, from 1
-    index[listed] = np.arange(1, len(listed) + 1)
-    compact = index[ids]
-    areas = np.bincount(compact.ravel(), minlength=len(listed) + 1)
+    listed = [s["id"] for s in segments_info if not s.get("iscrowd")]
+    index = {s: i + 1 for i, s in enumerate(listed)}                           # id -> position in `listed`, from 1
+    value, length = runs(ids)
+    known = np.unique(value)
+    compact = np.array([index.get(i, 0) for i in known.tolist()])[known.searchsorted(value)]   # of each run
+    areas = np.bincount(compact, length, len(listed) + 1)
     kept = np.flatnonzero(areas[1:] >= max(min_area, 1)) + 1
     if len(kept) > num_ids - 1:
         say_once(f"note: more segments than N - 1 = {num_ids - 1} in an image: the largest stay, the rest become void (said once)")
@@ -529,8 +546,8 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
     new = np.zeros(len(listed) + 1, np.uint8)
     new[kept] = rng.permutation(num_ids - 1)[:len(kept)] + 1
     if mapping is not None:
-        mapping.update(zip(listed.tolist(), new[1:].tolist()))
-    return new[compact]
+        mapping.update(zip(listed, new[1:].tolist()))
+    return np.repeat(new[compact], length).reshape(ids.shape)
 
 
 @functools.cache
@@ -538,7 +555,7 @@ def say_once(line, every_rank=False):
     """Print a line once: on rank 0 (or on every one), and there in the first of its data loader workers only."""
     worker = torch.utils.data.get_worker_info()
     if (is_main() or every_rank) and (worker is None or worker.id == 0):
-        print(line, file=sys.stderr)
+        tqdm.write(line, file=sys.stderr)                                  # on a line of its own beside a progress bar
 
 
 class Training(torch.utils.data.Dataset):
@@ -547,24 +564,26 @@ class Training(torch.utils.data.Dataset):
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
     draws the same one, which makes runs reproducible over workers and resumable in mid-epoch. In place of an image that
     can't be read comes another one, which follows from (seed, n) too; `say_left_out` lists them.
-    Gives image (3 x size x size, uint8) and ids (size x size, uint8, 0 = void, others distinct in 1..num_ids-1), and with
-    `classes` the class of each id (num_ids, int64): its category's place in source.categories, -1 where there is none."""
+    Gives image (3 x size x size, uint8; empty with images=False, which spares decoding them), ids (size x size, uint8,
+    0 = void, others distinct in 1..num_ids-1), and with `classes` the class of each id (num_ids, int64): its category's
+    place in source.categories, -1 where there is none."""
 
-    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False):
-        self.source, self.size, self.num_ids, self.seed = source, size, num_ids, seed
+    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False, images=True):
+        self.source, self.size, self.num_ids, self.seed, self.images = source, size, num_ids, seed, images
         self.flip, self.min_area, self.epoch = flip, min_area, None
         self.classes = {c["id"]: i for i, c in enumerate(source.categories)} if classes else None
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()               # shared with the workers, which fill it
 
     def _sample(self, index, n):
         """Item `index` of the source, or what takes its place. Raises BadInput if nothing in it can be read."""
+        side = self.size if self.images else 0
         try:
-            return self.source[index]
+            return self.source.sample(index, side)
         except BadInput as error:
             first, self.broken[index] = error, True
         for other in np.random.default_rng((self.seed, 5, n)).permutation(len(self.source)).tolist():
             try:
-                sample = self.source[other]
+                sample = self.source.sample(other, side)
             except BadInput:
                 self.broken[other] = True
             else:
@@ -580,16 +599,17 @@ class Training(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, 2, n))
         new_id = {}
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area, new_id)
-        ids, image = resize_ids(ids, self.size, self.size), resize_image(sample["image"], self.size)
+        ids = torch.from_numpy(resize_ids(ids, self.size, self.size))
+        image = to_tensor(sample["image"]) if self.images else torch.empty(0, dtype=torch.uint8)
         if self.flip and rng.random() < 0.5:
-            image, ids = image[:, ::-1], ids[:, ::-1]
+            image, ids = image.flip(-1), ids.flip(-1)
         if self.classes is None:
-            return to_tensor(image), torch.from_numpy(ids.copy())
+            return image, ids
         classes = torch.full((self.num_ids,), -1)
         for s in sample["segments_info"]:
             classes[new_id.get(s["id"], 0)] = self.classes.get(s.get("category_id"), -1)
         classes[0] = -1                                                    # void, crowd
-        return to_tensor(image), torch.from_numpy(ids.copy()), classes
+        return image, ids, classes
 
 
 def say_left_out(dataset, broken):
@@ -829,6 +849,53 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
     sheet.save(path)
 
 
+def side_by_side(functions, rounds=15):
+    """Time functions in turn, so that all see the machine in the same state: {name: function} -> {name: median CPU seconds}."""
+    times = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            began = time.process_time()
+            function()
+            times[name].append(time.process_time() - began)
+    return {name: float(np.median(t[1:])) for name, t in times.items()}    # the first is the warm-up
+
+
+def bench(sizes=(256, 512, 1024), count=8, rounds=15):
+    """Images/s of one core from COCO-size JPEG and panoptic PNG, beside what Pillow needs to open, decode and resize the two files.
+
+    The files are made here: `count` scenes of 640 x 480. Returns {side of the network's input: {what: images/s}}."""
+    threads, results = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        root, content = Path(folder), {"images": [], "annotations": [], "categories": [{"id": i + 1} for i in range(len(KINDS))]}
+        for d in ("annotations", "train", "panoptic_train"):
+            (root / d).mkdir()
+        for i in range(count):
+            image, ids, categories = draw_scene(0, "bench", i, 640, max_shapes=16)
+            colors = np.random.default_rng(i).choice(1 << 24, len(categories) + 1, replace=False)   # ids as COCO has them
+            Image.fromarray(image[:480]).save(root / "train" / f"{i}.jpg", quality=90)
+            write_id_png(root / "panoptic_train" / f"{i}.png", colors[ids[:480]])
+            content["images"].append({"id": i, "file_name": f"{i}.jpg"})
+            segments = [{"id": int(c), "category_id": k} for c, k in zip(colors[1:], categories)]
+            content["annotations"].append({"image_id": i, "file_name": f"{i}.png", "segments_info": segments})
+        write_json(root / "annotations" / "panoptic_train.json", content)
+        source = Folder(root, "train")
+        print(f"{count} scenes of 640 x 480, {np.mean([len(source[i]['segments_info']) for i in range(count)]):.0f} segments each; images/s of one core")
+        print(f"{'size':>6}{'Pillow':>9}{'sample':>9}{'':7}{'ids only':>10}")
+        for size in sizes:
+            def floor():
+                for i in range(count):
+                    Image.open(root / "train" / f"{i}.jpg").resize((size, size), Image.BICUBIC)
+                    Image.open(root / "panoptic_train" / f"{i}.png").resize((size, size), Image.NEAREST)
+            sets = {"sample": Training(source, size, 128), "ids only": Training(source, size, 128, images=False)}
+            run = lambda dataset: lambda: [dataset[n] for n in range(count)]
+            seconds = side_by_side({"Pillow": floor, **{name: run(dataset) for name, dataset in sets.items()}}, rounds)
+            rate = results[size] = {name: count / t for name, t in seconds.items()}
+            print(f"{size:6}{rate['Pillow']:9.1f}{rate['sample']:9.1f}{100 * rate['sample'] / rate['Pillow']:6.0f}%{rate['ids only']:10.1f}", flush=True)
+    torch.set_num_threads(threads)
+    return results
+
+
 @command
 def main(argv=None):
     """Command line: write a sheet of images and their segments, print what the source holds; or check a folder."""
@@ -838,7 +905,13 @@ def main(argv=None):
     add("--limit", type=positive, default=8, help="images on the sheet (default %(default)s)")
     add("--check", metavar="FOLDER", help="read a whole dataset and name all that is broken in it; exit code 1 if anything is")
     add("--num_ids", type=number(int, 2, 256), default=128, help="--check: N, an image has at most N - 1 segments (default %(default)s)")
+    add("--bench", action="store_true", help="time reading beside Pillow's own decoding, on files made for it")
     args = parser.parse_args(argv)
+    if args.bench:
+        results = bench()
+        if args.json:
+            write_json(args.json, results)
+        return
     if args.check:
         images, counts = check(args.check, args.split, args.num_ids, args.background or "segment", args.num_workers)
         print(f"{args.check}: " + (", ".join(f"{k} {n}" for k, n in sorted(counts.items())) or "nothing is broken"))

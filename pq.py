@@ -2,6 +2,7 @@
 
     python pq.py --gt gt.json --pred predictions.json                     # two COCO panoptic files and their PNGs
     python pq.py --gt gt.json --pred predictions.json --class_agnostic    # every category counts as one (Table 1)
+    python pq.py --bench                                                  # speed beside the panoptic API's matching and bare decoding
 
 A predicted and a true segment of the same category match where IoU > 0.5, which makes the match unique. Then
     SQ = mean IoU of the matches,  RQ = TP / (TP + FP/2 + FN/2),  PQ = SQ * RQ,
@@ -10,9 +11,12 @@ per category, averaged over the categories that occur. Void and crowd follow COC
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import re
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -111,17 +115,23 @@ class PanopticQuality:
 
 def _overlaps(gt, gt_ids, pred, pred_ids, what):
     """Pixels that each pair of segments shares: (1 + G + 1) x (1 + P), int64; first is void, the last row unlisted ids."""
+    # ids come in runs along a row: look up runs of equal pairs, not pixels
+    gt, pred = gt.reshape(-1), pred.reshape(-1)
+    change = gt[1:] != gt[:-1]
+    change |= pred[1:] != pred[:-1]
+    start = np.concatenate([[0], 1 + np.flatnonzero(change)])
+    gt, pred, length = gt[start], pred[start], np.diff(start, append=gt.size)
     def compact(ids, listed, name):
-        present, inverse = np.unique(ids, return_inverse=True)
+        present = np.unique(ids)
         if len(set(listed)) < len(listed):
             raise BadInput(f"{what}: the {name} lists a segment id twice")
         index = {VOID: 0, **{s: i + 1 for i, s in enumerate(listed)}}
-        return np.array([index.get(i, -1) for i in present.tolist()], np.int64), inverse.reshape(-1)
-    (g, g_inverse), (p, p_inverse) = compact(gt, gt_ids, "ground truth"), compact(pred, pred_ids, "prediction")
+        return np.array([index.get(i, -1) for i in present.tolist()], np.int64), present.searchsorted(ids)
+    (g, g_place), (p, p_place) = compact(gt, gt_ids, "ground truth"), compact(pred, pred_ids, "prediction")
     if (p < 0).any():
         raise BadInput(f"{what}: the prediction holds an id that its segments_info does not list")
     g[g < 0] = len(gt_ids) + 1
-    pairs = np.bincount(g[g_inverse] * (len(pred_ids) + 1) + p[p_inverse], minlength=(len(gt_ids) + 2) * (len(pred_ids) + 1))
+    pairs = np.bincount(g[g_place] * (len(pred_ids) + 1) + p[p_place], length, (len(gt_ids) + 2) * (len(pred_ids) + 1))
     inter = pairs.reshape(len(gt_ids) + 2, len(pred_ids) + 1).astype(np.int64)
     if (inter[:, 1:].sum(0) == 0).any():
         raise BadInput(f"{what}: the prediction lists segment {pred_ids[int(inter[:, 1:].sum(0).argmin())]}, which has no pixel")
@@ -171,40 +181,58 @@ def _read(path):
 
 def _ids(folder, name):
     """Read a PNG as H x W ids: id = R + 256 G + 65536 B, or a single channel. Raises BadInput."""
-    path = Path(folder) / name
+    path = os.path.join(folder, name)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                                # remarks on metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # comes before anything is decoded
-            with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")) as image:
-                if image.mode not in ("1", "L") and not image.mode.startswith("I"):
-                    image = image.convert({"LA": "L", "F": "I"}.get(image.mode, "RGB"))
-                if image.mode != "RGB":
-                    return np.asarray(image).astype(np.int32)
-                return (np.frombuffer(image.tobytes("raw", "RGBX"), "<i4") & 0xFFFFFF).reshape(image.height, image.width)  # four bytes a pixel
+        with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")) as image:
+            if image.mode not in ("1", "L", "RGB") and not image.mode.startswith("I"):
+                image = image.convert({"LA": "L", "F": "I"}.get(image.mode, "RGB"))
+            if image.mode != "RGB":
+                return np.asarray(image).astype(np.int32)
+            image.putalpha(0)                                              # in place: the bytes of a pixel are those of its id
+            return np.frombuffer(image.tobytes(), "<i4").reshape(image.height, image.width)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; if you trust it, raise --max_pixels") from None
     except Exception as error:
         raise BadInput(f"{path}: no readable PNG ({type(error).__name__})") from None
 
 
-def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
-    """Evaluate two COCO panoptic JSON files; PNG folders default to the JSON's path without `.json`. Raises BadInput."""
+def _count(images, categories, gt_dir, pred_dir, max_pixels):
+    """The `state` of some images. Each: (image_id, (file_name, segments_info) of the truth, the same of the prediction or None)."""
+    Image.MAX_IMAGE_PIXELS = max_pixels                                    # a spawned process knows only the default
+    quality = PanopticQuality(categories)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                    # Pillow's remarks on metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)     # comes before anything is decoded
+        for image_id, (name, segments), prediction in images:
+            if prediction is None:
+                quality.missed(segments, f"image {image_id!r}")
+            else:
+                quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, prediction[0]), prediction[1], f"image {image_id!r}")
+    return quality.state
+
+
+def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False, processes=1):
+    """Evaluate two COCO panoptic JSON files; PNG folders default to the JSON's path without `.json`. Raises BadInput.
+
+    processes: how many share the work; the result is the same to the last bit, since images are always summed in groups of 4."""
     truth, categories = _read(gt)
     predictions, _ = _read(pred)
-    if not class_agnostic:
-        if not isinstance(categories, list) or not all(isinstance(c, dict) and type(c.get("id")) is int for c in categories):
-            raise BadInput(f"{gt}: no list of categories with whole numbers as id; add --class_agnostic to do without")
-        if len({c["id"] for c in categories}) < len(categories):
-            raise BadInput(f"{gt}: lists a category twice; add --class_agnostic to do without")
+    if class_agnostic:
+        categories = None
+    elif not isinstance(categories, list) or not all(isinstance(c, dict) and type(c.get("id")) is int for c in categories):
+        raise BadInput(f"{gt}: no list of categories with whole numbers as id; add --class_agnostic to do without")
+    elif len({c["id"] for c in categories}) < len(categories):
+        raise BadInput(f"{gt}: lists a category twice; add --class_agnostic to do without")
     gt_dir, pred_dir = gt_dir or str(gt).removesuffix(".json"), pred_dir or str(pred).removesuffix(".json")
-    quality = PanopticQuality(None if class_agnostic else categories)
-    for image_id, (name, segments) in truth.items():
-        if image_id not in predictions:
-            quality.missed(segments, f"image {image_id!r}")
-            continue
-        pred_name, pred_segments = predictions[image_id]
-        quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, pred_name), pred_segments, f"image {image_id!r}")
+    count = functools.partial(_count, categories=categories, gt_dir=gt_dir, pred_dir=pred_dir, max_pixels=Image.MAX_IMAGE_PIXELS)
+    images = [(i, found, predictions.get(i)) for i, found in truth.items()]
+    groups = [images[k:k + 4] for k in range(0, len(images), 4)]
+    quality = PanopticQuality(categories)
+    if min(processes, len(groups)) > 1:
+        with multiprocessing.Pool(min(processes, len(groups))) as pool:
+            quality.state = sum(pool.imap(count, groups), quality.state)
+    else:
+        quality.state = sum(map(count, groups), quality.state)
     return quality.result()
 
 
@@ -235,23 +263,90 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+def _blobs(count, width, height, seed):
+    """A map of `count` segments with wavy outlines and ids as COCO has them (height x width, int32), for `bench`."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    y, x = y + 6 * np.sin(x / 17) + 3 * np.sin(x / 5), x + 6 * np.sin(y / 13)
+    nearest, ids = np.full((height, width), np.inf, np.float32), np.zeros((height, width), np.int32)
+    for i, (row, col) in zip(rng.choice((1 << 24) - 1, count, replace=False) + 1, rng.random((count, 2)) * (height, width)):
+        distance = (y - row) ** 2 + (x - col) ** 2
+        ids[distance < nearest], nearest = i, np.minimum(distance, nearest)
+    return ids
+
+
+MAPS = [(640, 480, 5), (640, 480, 20), (640, 480, 60), (640, 480, 120), (320, 240, 20), (1280, 960, 20), (2560, 1920, 20)]
+
+
+def bench(processes, cases=MAPS, images=256, rounds=7):
+    """Time `update` beside the panoptic API's way of matching, and `evaluate` beside decoding its PNGs: medians, CPU time of one core.
+
+    cases: width, height and number of segments of the maps; images: pairs of PNGs to evaluate. Returns the figures by what they measure."""
+    def side_by_side(*functions, clock=time.process_time):
+        times = []
+        for _ in range(rounds + 1):                                        # in turn: all see the machine in the same state
+            for function in functions:
+                began = clock()
+                function()
+                times.append(clock() - began)
+        return np.median(np.reshape(times, (rounds + 1, -1))[1:], 0)       # the first round is the warm-up
+    def api(gt, pred):
+        np.unique(gt.astype(np.uint64) * (1 << 24) + pred.astype(np.uint64), return_counts=True)
+        np.unique(pred, return_counts=True)
+    describe = lambda ids: [{"id": int(i), "category_id": 1} for i in np.unique(ids)]
+    rows, quality = {}, PanopticQuality()
+    print(f"from arrays, one core\n{'size':>10}{'segments':>10}{'ms':>8}{'API':>8}{'times':>7}")
+    for width, height, count in cases:
+        gt, pred = _blobs(count, width, height, 0), _blobs(count, width, height, 1)
+        segments = describe(gt), describe(pred)
+        ours, theirs = 1000 * side_by_side(lambda: quality.update(gt, segments[0], pred, segments[1]), lambda: api(gt, pred))
+        rows[f"{width} x {height}, {count} segments"] = {"ms": ours, "api_ms": theirs}
+        print(f"{width:5} x{height:4}{count:10}{ours:8.2f}{theirs:8.2f}{theirs / ours:7.1f}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        maps, files = [_blobs(12, 640, 480, seed) for seed in range(8)], [f"{folder}/{seed}.png" for seed in range(8)]
+        for ids, file in zip(maps, files):
+            Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)).save(file)
+        for name, shift in (("gt", 0), ("pred", 1)):
+            own = [{"file_name": f"{(i + shift) % 8}.png", "segments_info": describe(maps[(i + shift) % 8])} for i in range(8)]
+            Path(folder, name + ".json").write_text(json.dumps({"annotations": [{"image_id": i, **own[i % 8]} for i in range(images)]}))
+        def decode():
+            for i in range(2 * images):
+                Image.open(files[i % 8]).load()
+        run = lambda n: lambda: evaluate(f"{folder}/gt.json", f"{folder}/pred.json", folder, folder, True, n)
+        decoding, ours = images / side_by_side(decode, run(1))
+        rows["files"] = {"images_per_second": ours, "decoding": decoding}
+        print(f"from files of 640 x 480, one core: {ours:.0f} images/s, {100 * ours / decoding:.0f}% of the {decoding:.0f} of decoding alone")
+        counts = sorted({1, 2, processes // 2 or 1, processes})
+        for n, seconds in zip(counts, side_by_side(*map(run, counts), clock=time.perf_counter)):
+            rows[f"files, {n} processes"] = {"images_per_second": images / seconds}
+            print(f"with {n} process{'es' * (n > 1)}: {images / seconds:.0f} images/s by the wall clock")
+    return rows
+
+
 @command
 def main(argv=None):
     """Command line: evaluate two COCO panoptic files, print the table, optionally write JSON (fractions)."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gt", required=True, help="COCO panoptic JSON of the ground truth")
-    parser.add_argument("--pred", required=True, help="COCO panoptic JSON of the prediction")
+    parser.add_argument("--gt", help="COCO panoptic JSON of the ground truth")
+    parser.add_argument("--pred", help="COCO panoptic JSON of the prediction")
     parser.add_argument("--gt_dir", help="its PNGs (default: the JSON's path without .json)")
     parser.add_argument("--pred_dir", help="its PNGs (default: the JSON's path without .json)")
     parser.add_argument("--class_agnostic", action="store_true", help="every category counts as one")
     parser.add_argument("--json", help="also write the result, as fractions, to this file")
     parser.add_argument("--max_pixels", type=positive, default=200_000_000, help="images of more are refused as bombs (default %(default)s)")
+    parser.add_argument("--processes", type=positive, default=os.cpu_count(), help="that share the work (default: one for each core, %(default)s here)")
+    parser.add_argument("--bench", action="store_true", help="time it on maps made for it")
     args = parser.parse_args(argv)
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.json and Path(args.json).is_dir():
         raise BadInput(f"--json {args.json}: is a folder; give a file")
-    result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic)
-    print(table(result))
+    if args.bench:
+        result = bench(args.processes)
+    elif not args.gt or not args.pred:
+        raise BadInput("--gt and --pred: both are needed")
+    else:
+        result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic, args.processes)
+        print(table(result))
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json + ".tmp").write_text(json.dumps(result, indent=1) + "\n")

@@ -139,7 +139,7 @@ def test_flip_turns_image_and_ids_together():
                "ids": np.repeat(np.arange(1, 5), 4)[None].repeat(16, 0).astype(np.int32),
                "segments_info": [{"id": i, "category_id": 1} for i in range(1, 5)]}]
     class Source(list):
-        endless = False
+        endless, sample = False, lambda self, index, side: self[index]
     flips = set()
     for n in range(20):
         image, ids = data.Training(Source(source), 16, 8, seed=n)[0]
@@ -174,6 +174,41 @@ def test_resize_ids_is_pillows_nearest():
         ids = rng.integers(0, 1 << 24, shape).astype(np.int32)
         pillow = np.asarray(Image.fromarray(ids).resize(target[::-1], Image.NEAREST))
         assert (data.resize_ids(ids, *target) == pillow).mean() > 0.999
+
+
+@pytest.mark.parametrize("cell", [1, 5])
+def test_relabel_equals_a_lookup_of_each_pixel(cell):
+    """Runs of equal ids are looked up, not pixels; cell 1 is noise, where every run is about a pixel long."""
+    rng = np.random.default_rng(cell)
+    for k in range(20):
+        ids = rng.choice(rng.integers(0, 1 << 24, 12), (30 // cell, 40 // cell)).repeat(cell, 0).repeat(cell, 1).astype(np.int32)
+        value, length = data.runs(ids)
+        assert np.array_equal(np.repeat(value, length), ids.ravel()) and (value[1:] != value[:-1]).all()
+        segments = [{"id": int(i), "iscrowd": int(rng.random() < 0.2)} for i in rng.permutation(np.unique(ids))[1:]]      # one is not listed
+        found = data.relabel(ids, segments, 8, np.random.default_rng(k), min_area=80)
+        kept = [s["id"] for s in segments if not s["iscrowd"] and (ids == s["id"]).sum() >= 80]
+        kept = kept if len(kept) < 8 else sorted(kept, key=lambda i: -(ids == i).sum())[:7]
+        new = dict(zip(kept, np.random.default_rng(k).permutation(7) + 1))
+        assert np.array_equal(found, np.vectorize(lambda i: new.get(i, 0))(ids)) and found.dtype == np.uint8
+
+
+def test_training_without_images_gives_the_same_ids(tmp_path):
+    write_panoptic(tmp_path)
+    for source in (data.open_data(str(tmp_path), "val2017"), data.Shapes("train2017", 32)):
+        both, alone = (data.Training(source, 24, 8, images=images) for images in (True, False))
+        assert all(torch.equal(both[n][1], alone[n][1]) and alone[n][0].numel() == 0 for n in range(12))
+    (tmp_path / "val2017" / "002.png").unlink()            # it is not decoded, but has to be there
+    alone = data.Training(data.open_data(str(tmp_path), "val2017"), 24, 8, images=False)
+    [alone[n] for n in range(3)]
+    assert alone.broken.tolist() == [False, True, False]
+
+
+def test_a_training_image_is_pillows_own_resizing(tmp_path):
+    truth = write_panoptic(tmp_path, count=1)
+    image, ids = data.Training(data.open_data(str(tmp_path), "val2017"), 24, 8, flip=False)[0]
+    expected = np.asarray(Image.fromarray(truth[1][0]).resize((24, 24), Image.BICUBIC))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(ids.numpy() > 0, np.asarray(Image.fromarray(truth[1][1].astype(np.int32)).resize((24, 24), Image.NEAREST)) > 0)
 
 
 @pytest.mark.parametrize("encoding", data.ENCODINGS)
@@ -313,6 +348,21 @@ def test_images_of_every_mode_are_read(tmp_path, mode):
     assert array.shape == (48, 64, 3) and array.dtype == np.uint8 and array[-1, -1].min() > 200 and array[0, 0].max() < 60
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "L", "LA", "I", "I;16", "F"])
+def test_id_pngs_of_every_mode_are_read(tmp_path, mode):
+    ids = np.arange(12).reshape(3, 4) % (2 if mode == "1" else 12) + (70_000 if mode in ("RGB", "RGBA", "I", "F") else 0)
+    rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+    image = {"RGB": lambda: Image.fromarray(rgb), "RGBA": lambda: Image.fromarray(np.dstack([rgb, rgb[..., :1]])), "1": lambda: Image.fromarray(ids > 0),
+             "I": lambda: Image.fromarray(ids.astype(np.int32)), "I;16": lambda: Image.fromarray(ids.astype(np.uint16)),
+             "F": lambda: Image.fromarray(ids.astype(np.float32))}.get(mode, lambda: Image.fromarray(ids.astype(np.uint8)).convert(mode))()
+    image.save(tmp_path / "x.tif")
+    assert image.mode == mode and np.array_equal(data.read_id_png(tmp_path / "x.tif"), ids) and np.array_equal(pq._ids(tmp_path, "x.tif"), ids)
+    if mode in ("I", "F"):
+        Image.fromarray((ids + (1 << 24)).astype(np.int32)).save(tmp_path / "x.tif")
+        with pytest.raises(data.BadInput, match="x.tif"):
+            data.read_id_png(tmp_path / "x.tif")
+
+
 def test_exif_rotation_is_applied(tmp_path):
     image = Image.new("RGB", (40, 20))
     exif = image.getexif()
@@ -442,6 +492,39 @@ def test_pq_accumulators_add_up_and_missing_predictions_count():
     before = whole.counts.copy()
     whole.missed([{"id": 1, "iscrowd": 0}, {"id": 2, "iscrowd": 1}, {"id": 3}])
     assert (whole.counts - before).tolist() == [[0, 0, 2]]
+
+
+def test_pq_of_noise_equals_brute_force():
+    """Ids that change from pixel to pixel, negative and large ones too."""
+    rng = np.random.default_rng(2)
+    segments = lambda m: [{"id": int(i), "category_id": 1, "iscrowd": 0} for i in np.unique(m) if i]
+    for _ in range(10):
+        gt = rng.choice([0, -5, 3, 2 ** 40], (9, 11), p=[0.1, 0.1, 0.2, 0.6])
+        pred = np.where(rng.random(gt.shape) < 0.8, gt, 7)
+        quality = pq.PanopticQuality()
+        quality.update(gt, segments(gt), pred, segments(pred))
+        expected, tp, fp, fn = brute_force_pq([(gt, segments(gt), pred, segments(pred))])
+        assert abs(quality.result()["All"]["pq"] - expected) < 1e-12 and quality.counts.tolist() == [[tp, fp, fn]]
+
+
+def test_pq_is_the_same_over_any_number_of_processes(tmp_path, capsys):
+    truth = write_panoptic(tmp_path, count=10)
+    path, folder, found = tmp_path / "annotations" / "panoptic_val2017.json", str(tmp_path / "panoptic_val2017"), tmp_path / "found"
+    found.mkdir()
+    content = json.loads(path.read_text())
+    for i, (_, ids) in truth.items():
+        data.write_id_png(found / f"{i:03d}.png", np.roll(ids, i, 1))
+    del content["annotations"][3]                          # an image without a prediction
+    (tmp_path / "found.json").write_text(json.dumps(content))
+    results = [pq.evaluate(path, tmp_path / "found.json", folder, None, processes=n) for n in (1, 2, 5)]
+    assert results[0] == results[1] == results[2] and 0 < results[0]["All"]["pq"] < 1
+    quality = pq.PanopticQuality(content["categories"])
+    for a in json.loads(path.read_text())["annotations"]:
+        ids = truth[a["image_id"]][1]
+        quality.missed(a["segments_info"]) if a["image_id"] == 4 else quality.update(ids, a["segments_info"], np.roll(ids, a["image_id"], 1), a["segments_info"])
+    assert all(abs(quality.result()["All"][k] - results[0]["All"][k]) < 1e-12 for k in ("pq", "sq", "rq"))
+    (found / "007.png").unlink()                           # a bad file is one line from any process
+    one_line_error(capsys, pq.main, ["--gt", str(path), "--gt_dir", folder, "--pred", str(tmp_path / "found.json"), "--processes", "3"], "007.png")
 
 
 def test_pq_by_hand():
@@ -1539,6 +1622,13 @@ def test_help_and_unknown_flag_from_the_shell(script):
     assert help_.returncode == 0 and f"python {script}.py" in help_.stdout and "Traceback" not in help_.stderr
     wrong = run("--no_such_flag", *(["--gt", "x", "--pred", "x"] if script == "pq" else []))
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "--no_such_flag" in wrong.stderr
+
+
+def test_benches_run_through(capsys):
+    result = data.bench(sizes=(16,), count=1, rounds=1)
+    assert set(result) == {16} and all(result[16][k] > 0 for k in ("Pillow", "sample", "ids only"))
+    result = pq.bench(2, cases=[(32, 24, 3)], images=8, rounds=1)
+    assert {"32 x 24, 3 segments", "files", "files, 1 processes", "files, 2 processes"} == set(result) and "%" in capsys.readouterr().out
 
 
 def test_data_command_draws_a_sheet(tmp_path):
