@@ -229,7 +229,7 @@ def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False, process
     groups = [images[k:k + 4] for k in range(0, len(images), 4)]
     quality = PanopticQuality(categories)
     if min(processes, len(groups)) > 1:
-        with multiprocessing.Pool(min(processes, len(groups))) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(processes, len(groups))) as pool:       # a forked child may inherit a held lock
             quality.state = sum(pool.imap(count, groups), quality.state)
     else:
         quality.state = sum(map(count, groups), quality.state)
