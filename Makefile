@@ -27,7 +27,7 @@ train: .venv/ready
 	$(BIN) diffusion.py --model small --data shapes --size 32 --latent_scale 0.36 --schedule constant --iters 2500 --out checkpoints/shapes
 	$(BIN) diffusion.py --ckpt checkpoints/shapes/ldm.pt --size 64 --warmup 100 --iters 3500 --out checkpoints/shapes
 	$(BIN) diffusion.py --ckpt checkpoints/shapes/ldm.pt --lr 8e-4 --warmup 100 --iters 5500 --out checkpoints/shapes
-	$(BIN) diffusion.py --ckpt checkpoints/shapes/ldm.pt --classes only --lr 2e-3 --warmup 100 --iters 1200 --out checkpoints/shapes --export assets/shapes.pt
+	$(BIN) diffusion.py --ckpt checkpoints/shapes/ldm.pt --classes only --lr 2e-3 --warmup 100 --iters 1200 --out checkpoints/shapes/classes --export assets/shapes.pt
 
 test: .venv/ready
 	$(BIN) -m pytest -q test_all.py
