@@ -54,14 +54,15 @@ class PanopticQuality:
             raise BadInput(f"{what}: segment {unknown[0]['id']} has category {unknown[0].get('category_id')}, which the ground truth does not list")
         return np.array([self.row[s["category_id"]] for s in segments], np.int64)
 
-    def update(self, gt, gt_segments, pred, pred_segments, what="image"):
+    def update(self, gt, gt_segments, pred, pred_segments, what="image", mask=None):
         """Add one image.
 
         gt, pred: H x W integer id maps of the same size, 0 = void; *_segments: lists of {id, category_id[, iscrowd]}.
-        Every id of pred must be listed once and every listed one must occur. Raises BadInput, naming `what`."""
+        Every id of pred must be listed once and every listed one must occur. mask: the bits of both maps that hold the id, None
+        for all. Raises BadInput, naming `what`."""
         if gt.shape != pred.shape:
             raise BadInput(f"{what}: the prediction is {pred.shape[1]} x {pred.shape[0]} pixels, the ground truth {gt.shape[1]} x {gt.shape[0]}")
-        inter = _overlaps(gt, [s["id"] for s in gt_segments], pred, [s["id"] for s in pred_segments], what)
+        inter = _overlaps(gt, [s["id"] for s in gt_segments], pred, [s["id"] for s in pred_segments], what, mask)
         gt_area, pred_area = inter.sum(1)[1:-1], inter.sum(0)[1:]
         void, inter = inter[0, 1:], inter[1:-1, 1:]            # the overlap with void; segments x segments
         gt_row, pred_row = self._rows(gt_segments, what), self._rows(pred_segments, what)
@@ -113,7 +114,7 @@ class PanopticQuality:
         return result
 
 
-def _overlaps(gt, gt_ids, pred, pred_ids, what):
+def _overlaps(gt, gt_ids, pred, pred_ids, what, mask):
     """Pixels that each pair of segments shares: (1 + G + 1) x (1 + P), int64; first is void, the last row unlisted ids."""
     # ids come in runs along a row: look up runs of equal pairs, not pixels
     gt, pred = gt.reshape(-1), pred.reshape(-1)
@@ -121,6 +122,7 @@ def _overlaps(gt, gt_ids, pred, pred_ids, what):
     change |= pred[1:] != pred[:-1]
     start = np.concatenate([[0], 1 + np.flatnonzero(change)])
     gt, pred, length = gt[start], pred[start], np.diff(start, append=gt.size)
+    gt, pred = (gt, pred) if mask is None else (gt & mask, pred & mask)
     def compact(ids, listed, name):
         present = np.unique(ids)
         if len(set(listed)) < len(listed):
@@ -180,16 +182,18 @@ def _read(path):
 
 
 def _ids(folder, name):
-    """Read a PNG as H x W ids: id = R + 256 G + 65536 B, or a single channel. Raises BadInput."""
+    """Read a PNG as H x W int32, whose lower 24 bits are the ids: R + 256 G + 65536 B, or a single channel. Raises BadInput."""
     path = os.path.join(folder, name)
     try:
         with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")) as image:
             if image.mode not in ("1", "L", "RGB") and not image.mode.startswith("I"):
                 image = image.convert({"LA": "L", "F": "I"}.get(image.mode, "RGB"))
-            if image.mode != "RGB":
-                return np.asarray(image).astype(np.int32)
-            image.putalpha(0)                                              # in place: the bytes of a pixel are those of its id
-            return np.frombuffer(image.tobytes(), "<i4").reshape(image.height, image.width)
+            if image.mode == "RGB":                                        # as Pillow has it, with a fourth byte; to clear it would take longer
+                return np.frombuffer(image.tobytes("raw", "RGBX"), "<i4").reshape(image.height, image.width)
+            ids = np.asarray(image).astype(np.int32)
+            if ids.min() < 0 or ids.max() >= 1 << 24:
+                raise ValueError
+            return ids
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadInput(f"{path}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels; if you trust it, raise --max_pixels") from None
     except Exception as error:
@@ -207,7 +211,7 @@ def _count(images, categories, gt_dir, pred_dir, max_pixels):
             if prediction is None:
                 quality.missed(segments, f"image {image_id!r}")
             else:
-                quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, prediction[0]), prediction[1], f"image {image_id!r}")
+                quality.update(_ids(gt_dir, name), segments, _ids(pred_dir, prediction[0]), prediction[1], f"image {image_id!r}", 0xFFFFFF)
     return quality.state
 
 
