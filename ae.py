@@ -323,11 +323,13 @@ class Stop:
             signal.signal(*self.before.popitem())
 
     def __call__(self):
+        agreed = self.number
         if dist.is_initialized():                                          # a CPU tensor: the device is not waited for
-            number = torch.tensor(self.number)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = int(number)
-        return self.number > 0
+            agreed = torch.tensor(agreed)
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        if agreed:                                                         # a signal that came meanwhile waits for the next iteration
+            self.number = int(agreed)
+        return bool(agreed)
 
     def leave(self, state, it):
         """Part from the other processes; after a signal end with the shell's exit code for it, 128 + its number."""

@@ -1436,11 +1436,13 @@ def test_without_a_checkpoint_the_shipped_weights_are_used(tmp_path, monkeypatch
 
 FORK = multiprocessing.get_context("forkserver")  # children that have imported everything: a training starts in no time
 FORK.set_forkserver_preload(["inpaint", "torch.testing"])
+START_METHOD = "fork" if sys.platform == "linux" and sys.version_info < (3, 14) else multiprocessing.get_start_method()
 KILLS = int(os.environ.get("LDMSEG_KILLS", 3))
 
 
 def child(module, argv, env, limit):
     os.environ.update(env)
+    multiprocessing.set_start_method(START_METHOD, force=True)             # as in a process that the shell started
     torch.set_num_threads(1)
     if limit:                                              # a full disk: no file grows beyond so many bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
