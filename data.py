@@ -294,8 +294,8 @@ def runs(ids):
 
 def decode_segmentation(segmentation, shape):
     """COCO's polygons or RLE -> H x W bool. Malformed ones are refused before they reach pycocotools, which would crash; any exception."""
+    from pycocotools import mask as coco_mask
     if isinstance(segmentation, list):
-        from pycocotools import mask as coco_mask
         polygons = [np.asarray(p, np.float64).reshape(-1, 2) for p in segmentation]
         if not all((np.abs(p) <= 2 * max(shape)).all() for p in polygons):
             raise ValueError("a polygon far outside of the image")
@@ -313,7 +313,7 @@ def decode_segmentation(segmentation, shape):
     counts = np.asarray(counts)
     if counts.dtype.kind != "i" or counts.min() < 0 or counts.max() > shape[0] * shape[1] or counts.sum() != shape[0] * shape[1]:
         raise ValueError("its counts do not add up to its size")
-    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape[::-1]).T
+    return coco_mask.decode(coco_mask.frPyObjects({"counts": counts.tolist(), "size": list(shape)}, *shape)).astype(bool)
 
 
 def _some(ids):
