@@ -1357,7 +1357,7 @@ def test_untrained_models_are_timed(tmp_path, capsys):
     sample.main(["--bench", "small", "--size", "32", "--steps", "1", "3", "--batch_size", "2", "--device", "cpu", "--out", str(tmp_path), "--json", str(tmp_path / "b.json")])
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["by_steps"].keys() == {"1", "3"} and all(figures[k] > 0 for k in ("image_encoder", "unet_step", "decoder", "postprocess"))
-    assert figures["by_steps"]["3"]["sampling"] > figures["by_steps"]["1"]["sampling"] > 0
+    assert all(row["in_all"] > row["sampling"] > 0 for row in figures["by_steps"].values())
     with torch.device("meta"):                             # Stable Diffusion 1.4 by its architecture: the paper's 860 M, 84 M of them the VAE's
         unet, vae = ae.load_sd("none", "unet"), ae.load_sd("none", "vae")
     assert [sum(p.numel() for p in m.parameters()) for m in (unet, vae)] == [859_520_964, 83_653_863]
