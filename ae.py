@@ -151,7 +151,7 @@ def load_sd(name, part):
 
 def sample_at(x, points, mode="bilinear"):
     """Values of x (B x C x H x W) at points (B x P x 2, x and y in 0..1) -> B x C x P; zero outside."""
-    return F.grid_sample(x, 2 * points[:, None] - 1, mode=mode, align_corners=False)[:, :, 0]
+    return F.grid_sample(x.float(), 2 * points[:, None] - 1, mode=mode, align_corners=False)[:, :, 0]
 
 
 def mask_at(ids, image_of, id_of, points):

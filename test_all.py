@@ -1597,6 +1597,19 @@ def test_steps_without_a_finite_gradient_are_left_out(tmp_path, trained, capsys,
         assert all(torch.equal(x, y) for x, y in zip(leaves(a), leaves(b)))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_both_stages_train_and_resume_in_half_precision(tmp_path, precision):
+    """fp16 with its gradient scaler, which starts too high: it must come down, and its scale must survive a resume."""
+    for stage, main, flags in (("ae", ae.main, TINY_AE), ("ldm", diffusion.main, TINY_LDM)):
+        flags = flags + ["--precision", precision, "--out", str(tmp_path), "--schedule", "constant"]
+        main(flags + ["--iters", "6"])
+        before = torch.load(tmp_path / f"{stage}_state.pt", weights_only=True)
+        assert bool(before["scaler"]) == (precision == "fp16") and before["skipped"][1] < 6
+        main(flags + ["--iters", "8", "--resume"])
+        losses = [e["loss"] for e in ae.read_log(tmp_path / "log.jsonl", stage) if "loss" in e]
+        assert len(losses) == 8 and all(np.isfinite(losses))
+
+
 @pytest.mark.parametrize("segments", [0, 1, 127])
 def test_losses_of_maps_with_no_one_and_most_segments(segments, trained):
     ids = torch.arange(1, 257).reshape(1, 16, 16).clamp(max=127) if segments == 127 else torch.full((1, 16, 16), min(segments, 1))
