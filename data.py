@@ -297,8 +297,9 @@ def decode_segmentation(segmentation, shape):
     from pycocotools import mask as coco_mask
     if isinstance(segmentation, list):
         polygons = [np.asarray(p, np.float64).reshape(-1, 2) for p in segmentation]
-        if not all((np.abs(p) <= 2 * max(shape)).all() for p in polygons):
-            raise ValueError("a polygon far outside of the image")
+        steps = sum(np.abs(np.diff(p, axis=0)).max(1, initial=0).sum() for p in polygons)
+        if not all((np.abs(p) <= 2 * max(shape)).all() for p in polygons) or steps > 10 * shape[0] * shape[1]:
+            raise ValueError("a polygon far outside of the image, or far too long for it")
         polygons = [p.ravel().tolist() for p in polygons if len(p) > 2]
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *shape))).astype(bool)
     counts = segmentation["counts"]

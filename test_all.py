@@ -1798,7 +1798,7 @@ def test_absurd_json_is_one_line(tmp_path, capsys, where, value, word):
 @pytest.mark.parametrize("segmentation, word", [
     ({"size": [20, 20], "counts": [5]}, "add up"), ({"size": [20, 20], "counts": [-5, 405]}, "add up"), ({"size": [20, 20], "counts": [0, 2 ** 62, 2 ** 62]}, "add up"),
     ({"size": [10 ** 6, 10 ** 6], "counts": [0, 10 ** 12]}, "20 x 20"), ({"size": [20, 20], "counts": "zzz"}, "7"), ({"size": [20, 20]}, "counts"),
-    ([[1e9, 0, 0, 1e9, 5, 5]], "far outside"), ([[float("inf")] * 6], "JSON"), ([[1, 2, 3, 4]], "7"), ([[1, 2, 3, 4, 5, 6, 7]], "7"), ([["a"] * 6], "7"), ([], "7")])
+    ([[1e9, 0, 0, 1e9, 5, 5]], "far outside"), ([[0, 0, 20, 20] * 500], "too long"), ([[float("inf")] * 6], "JSON"), ([[1, 2, 3, 4]], "7"), ([[1, 2, 3, 4, 5, 6, 7]], "7"), ([["a"] * 6], "7"), ([], "7")])
 def test_malformed_segmentations_never_reach_c(tmp_path, segmentation, word):
     """Some of these crash pycocotools or make it return uninitialised memory."""
     write_instances(tmp_path)
