@@ -512,15 +512,10 @@ def load_autoencoder(path):
 
     Its `trained_with` holds what training it was told: data, train_split, val_split, background, size, seed, model."""
     content = load(path, "ae")
-    model = build_autoencoder(content, path)
+    with fitting(path):
+        model = fill(lambda: from_settings(content["autoencoder"]), content["weights"])
     model.trained_with = content["settings"]
     return model
-
-
-def build_autoencoder(content, path):
-    """Autoencoder from a checkpoint's `autoencoder` (its own settings) and `weights`. Raises BadInput."""
-    with fitting(path):
-        return fill(lambda: from_settings(content["autoencoder"]), content["weights"])
 
 
 def log(path, **entry):
@@ -707,7 +702,7 @@ def main(argv=None):
     # data
     train_source = data.open_data(args.data, args.train_split, args.size, args.seed, args.background)
     val_source = data.open_data(args.data, args.val_split, args.size, args.seed, args.background)
-    train_set = data.Training(train_source, args.size, args.num_ids, args.seed, min_area=args.min_segment)
+    train_set = data.Training(train_source, args.size, args.num_ids, args.seed, min_area=args.min_segment, images=False)
     val_set = data.Evaluation(val_source, args.size, args.eval_images)
 
     # model and optimiser; weight decay is the penalty of eq. 2

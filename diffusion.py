@@ -393,6 +393,7 @@ def load_ldm(path):
     s = content["settings"]
 
     def build():
+        """The model that the settings describe."""
         if s["image_encoder"].keys() == {"factor"}:
             image_encoder = Pixels(**s["image_encoder"])
         else:

@@ -62,10 +62,15 @@ def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=No
     return model.decode(model.sample(image_latent, noise, steps, fresh, trace)), noise
 
 
+def id_maps(logits, images, threshold=0.0, min_area=0):
+    """Logits (B x N x h x w) -> list of id maps (int32, 0 = void), each of its image's size; by default the plain argmax."""
+    return [ae.postprocess(l, *image.shape[:2], threshold, min_area) for l, image in zip(logits, images)]
+
+
 def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False):
     """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void). Parameters: `sample_logits`."""
     logits, _ = sample_logits(model, images, keys, steps, seed, renoise)
-    return [ae.postprocess(l, *image.shape[:2], threshold, model.settings["min_area"]) for l, image in zip(logits, images)]
+    return id_maps(logits, images, threshold, model.settings["min_area"])
 
 
 @torch.no_grad()
@@ -109,17 +114,17 @@ def compare_seeds(model, dataset, args, out):
     quality, rows, agreed = {seed: pq.PanopticQuality() for seed in args.seeds}, [], []
     for samples in tqdm(data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers), unit="batch"):
         images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
-        found, noises = {}, {}
+        found, noises, shown = {}, {}, images[:4 - len(rows) // 2]         # the sheet has two rows for each of four images
         for seed in args.seeds:
             logits, noise = sample_logits(model, images, keys, args.steps[-1], seed, args.renoise)
-            found[seed] = [ae.postprocess(l, *i.shape[:2], args.threshold, model.settings["min_area"]) for l, i in zip(logits, images)]
-            noises[seed] = [ae.postprocess(l, *i.shape[:2], 0) for l, i in zip(model.decode(noise), images)]
+            found[seed] = id_maps(logits, images, args.threshold, model.settings["min_area"])
+            noises[seed] = id_maps(model.decode(noise[:len(shown)]), shown) if shown else []
         for k, s in enumerate(samples):
             for seed in args.seeds:
                 quality[seed].update(s["ids"], s["segments_info"], found[seed][k], ae.describe(found[seed][k]), str(s["file_name"]))
             certain = agreement([f[k] for f in found.values()])
             agreed.append(certain.mean())
-            if len(rows) < 8:
+            if k < len(shown):
                 gray = np.repeat((255 * certain).astype(np.uint8)[..., None], 3, 2)
                 rows += [[s["image"], *(data.colorize(n[k]) for n in noises.values())], [gray, *(data.overlay(s["image"], f[k]) for f in found.values())]]
     data.picture(out / "seeds.png", rows, ["image, agreement"] + [f"noise, sample {seed}" for seed in args.seeds])
@@ -130,7 +135,7 @@ def draw_trajectory(model, images, keys, args, out):
     """Fig. S4: the estimate of z^0 after each step, decoded: out/trajectory.png (up to eight steps) and out/trajectory.gif (all)."""
     trace, timesteps = [], model.ddim.timesteps(args.steps[-1])
     sample_logits(model, images, keys, args.steps[-1], args.seed, args.renoise, trace)
-    decoded = [[data.overlay(image, ae.postprocess(l, *image.shape[:2], 0)) for image, l in zip(images, model.decode(z0))] for z0 in trace]
+    decoded = [[data.overlay(image, ids) for image, ids in zip(images, id_maps(model.decode(z0), images))] for z0 in trace]
     shown = sorted({round(i) for i in np.linspace(0, len(trace) - 1, 8)})
     data.picture(out / "trajectory.png", [[image, *(decoded[i][k] for i in shown)] for k, image in enumerate(images)],
                  ["image"] + [f"j = {timesteps[i]}" for i in shown])
@@ -149,6 +154,7 @@ def bench(args, device, precision):
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
 
     def seconds(function):
+        """Median seconds an image that a function takes, and its value."""
         times = []
         for _ in range(4):
             began, value = time.perf_counter(), function()
@@ -211,7 +217,7 @@ def predict_files(model, files, out, args, rank, world):
             continue
         pictures = [i for _, i in batch]
         logits, _ = sample_logits(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.renoise)
-        found = [ae.postprocess(l, *i.shape[:2], args.threshold, model.settings["min_area"]) for l, i in zip(logits, pictures)]
+        found = id_maps(logits, pictures, args.threshold, model.settings["min_area"])
         for l, (file, image), (ids, segments_info) in zip(logits, batch, label_batch(model, pictures, found)):
             if len(rows) < 6:
                 rows.append([image, data.overlay(image, ae.postprocess(l, *ids.shape, 0)), data.overlay(image, ids)])
