@@ -239,22 +239,32 @@ def drop_input(ids):
 
 
 @torch.no_grad()
-def postprocess(logits, height, width, threshold=0.5, min_area=0):
-    """The paper's evaluation protocol (supplement B): logits (N x h x w) -> id map (height x width, int32 array).
+def argmax(logits, height, width):
+    """Logits (N x h x w), resized bilinearly -> the likeliest id of each pixel (height x width, int32) and its probability (float32).
 
-    Resize the logits (bilinear), softmax, argmax; pixels whose probability is under `threshold` and segments under
-    `min_area` pixels become void (0). Works in strips of rows, so that N channels never stand at the image's full size."""
+    Works in strips of rows, so that N channels never stand at the image's full size."""
     n, h, _ = logits.shape
     y = ((torch.arange(height, device=logits.device) + 0.5) * h / height - 0.5).clamp(min=0)
     ids = torch.empty(height, width, dtype=torch.int32, device=logits.device)
+    certainty = torch.empty(height, width, device=logits.device)
     for rows in torch.arange(height, device=logits.device).split(max(1, (1 << 22) // (n * width))):    # 16 MB each: fits the cache
         top = y[rows].long()
         strip = torch.lerp(logits[:, top].float(), logits[:, (top + 1).clamp(max=h - 1)].float(), (y[rows] - top)[:, None])     # N x rows x w
         strip = F.interpolate(strip[None], size=(len(rows), width), mode="bilinear", align_corners=False)[0]                    # N x rows x width
         best, found = strip.max(0)
-        ids[rows] = found.masked_fill((best - strip.logsumexp(0)).exp() < threshold, 0).int()
-    areas = ids.flatten().bincount(minlength=n)
-    return ids.masked_fill((areas < min_area)[ids], 0).cpu().numpy()
+        ids[rows], certainty[rows] = found.int(), (best - strip.logsumexp(0)).exp()
+    return ids.cpu().numpy(), certainty.cpu().numpy()
+
+
+def keep(ids, certainty, threshold=0.5, min_area=0):
+    """The paper's evaluation protocol (supplement B): pixels under `threshold` and segments under `min_area` pixels become void (0)."""
+    ids = np.where(certainty < threshold, 0, ids)
+    return np.where((np.bincount(ids.ravel()) < min_area)[ids], 0, ids)
+
+
+def postprocess(logits, height, width, threshold=0.5, min_area=0):
+    """Logits (N x h x w) -> id map (height x width, int32, 0 = void): `argmax`, then `keep`."""
+    return keep(*argmax(logits, height, width), threshold, min_area)
 
 
 def describe(ids, category_id=1):
@@ -577,6 +587,10 @@ def training_flags(parser, models):
     add("--accum", type=data.positive, help="gradient accumulation steps in a batch (default 1; stage 2 of sd: 32 samples each)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     add("--min_segment", type=data.natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
+    add("--crop", type=data.natural, metavar="PX", help="train on random squares of so many pixels of a picture, and sample larger ones by tiles; "
+        "0: on whole pictures (default: as in --ckpt, else 0)")
+    add("--turns", action="store_true", help="turn training pictures by random quarters, where no side is up")
+    add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
     add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
     add("--resume", action="store_true", help="continue the run in --out from its last saved state")
     add("--log_every", type=data.positive, default=50, help="iterations (default %(default)s)")
@@ -636,33 +650,71 @@ def compare(main, argv, args, flags, more=()):
 # -------------------------------------------------------------------------------------------- evaluation
 
 
+FIGURES = {"pq": "PQ", "sq": "SQ", "rq": "RQ", "ap50": "AP50", "pq_with_background": "PQ with background"}
+
+
+class Score:
+    """Class-agnostic PQ, SQ and RQ over a set of samples.
+
+    In the instances layout, where all that is no instance is one background segment, they are those of the instances alone:
+    maps are matched whole, then the true background and the segment that covers most of it are left out; with them come
+    ap50 = TP / (TP + FP + FN), and pq_with_background, which counts every segment."""
+
+    def __init__(self):
+        self.all = pq.PanopticQuality()
+        self.alone = pq.PanopticQuality([{"id": 1, "name": "object", "isthing": 1}, {"id": 2, "name": "background", "isthing": 0}])
+
+    def update(self, sample, found, ids=None, segments_info=None):
+        """Add an id map (H x W, 0 = void); ids and segments_info: the truth, if it is not the sample's own."""
+        ids, name = sample["ids"] if ids is None else ids, str(sample["file_name"])
+        truth, segments = segments_info or sample["segments_info"], describe(found)
+        self.all.update(ids, truth, found, segments, name)
+        if "background_id" in sample:
+            background = next((s["id"] for s in truth if s["category_id"] == sample["background_id"]), None)
+            pixels = np.bincount(found[ids == background], minlength=1)
+            pixels[0] = 0                                                  # void
+            covering = int(pixels.argmax()) or None
+            second = lambda segments, i: [{**s, "category_id": 1 + (s["id"] == i)} for s in segments]
+            self.alone.update(ids, second(truth, background), found, second(segments, covering), name)
+
+    def result(self):
+        """The figures by name, as fractions."""
+        figures = lambda quality, group: {k: quality.result()[group][k] for k in ("pq", "sq", "rq")}
+        if not self.alone.counts.any():
+            return figures(self.all, "All")
+        tp, fp, fn = self.alone.counts[0]
+        return {**figures(self.alone, "Things"), "ap50": tp / max(tp + fp + fn, 1), "pq_with_background": self.all.result()["All"]["pq"]}
+
+
 @torch.no_grad()
 def evaluate(model, dataset, args, device, rank=0, world=1):
     """Reconstruction PQ (class-agnostic) of a held-out set, and picture rows: ids, reconstruction, error.
 
     Every image's segments get random distinct ids, as in training; crowd is void."""
     model.eval()
-    quality, rows, moments = pq.PanopticQuality(), [], np.zeros(3)       # of z: count, sum, sum of squares
+    score, rows, moments = Score(), [], np.zeros(3)                      # of z: count, sum, sum of squares
     largest = 0.0
     for samples in data.evaluation_batches(dataset, args.batch_size, rank, world, args.num_workers):
-        maps = [data.relabel(s["ids"], s["segments_info"], model.num_ids, np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode())))
-                for s in samples]
+        new_ids = [{} for _ in samples]
+        maps = [data.relabel(s["ids"], s["segments_info"], model.num_ids, np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode())),
+                             mapping=new) for s, new in zip(samples, new_ids)]
         ids = torch.from_numpy(np.stack([data.resize_ids(m, args.size, args.size) for m in maps])).to(device)
         z = model.encode(ids)[0]
         moments += [z.numel(), z.sum().item(), z.square().sum().item()]
         largest = max(largest, z.abs().max().item())
-        for sample, truth, logits in zip(samples, maps, model.decode(z)):
+        for sample, truth, new, logits in zip(samples, maps, new_ids, model.decode(z)):
             found = postprocess(logits, *truth.shape, min_area=min_area(args.size))
-            quality.update(truth, describe(truth), found, describe(found), str(sample["file_name"]))
+            score.update(sample, found, truth, [{**s, "id": new[s["id"]]} for s in sample["segments_info"] if new.get(s["id"])])
             if len(rows) < 6:
                 error = np.where((found != truth) & (truth > 0), 255, 40).astype(np.uint8)
                 rows.append([sample["image"], data.colorize(truth), data.colorize(found), np.repeat(error[..., None], 3, 2)])
     model.train()
-    quality.state = reduce_sum(quality.state, device)
+    for q in (score.all, score.alone):
+        q.state = reduce_sum(q.state, device)
     count, total, squares = reduce_sum(moments, device)
     mean = total / max(count, 1)
     std = max(squares / max(count, 1) - mean ** 2, 0) ** 0.5
-    return quality.result()["All"], rows, {"latent_mean": mean, "latent_std": std, "latent_max": largest}
+    return score.result(), rows, {"latent_mean": mean, "latent_std": std, "latent_max": largest}
 
 
 def min_area(size):
@@ -689,7 +741,7 @@ def main(argv=None):
     args = parse(parser, MODELS, argv, "ae")
     if compare(main, argv, args, ("arch", "encoding", "kl")):
         return
-    args.accum, args.encoding, args.arch = args.accum or 1, args.encoding or "bits", args.arch or "shallow"
+    args.accum, args.encoding, args.arch, args.crop = args.accum or 1, args.encoding or "bits", args.arch or "shallow", args.crop or 0
     if args.drop_input and not args.ckpt:
         raise BadInput("--drop_input: teaches the encoder of a trained autoencoder; give it with --ckpt")
     device, rank, world = setup(args)
@@ -702,8 +754,8 @@ def main(argv=None):
     # data
     train_source = data.open_data(args.data, args.train_split, args.size, args.seed, args.background)
     val_source = data.open_data(args.data, args.val_split, args.size, args.seed, args.background)
-    train_set = data.Training(train_source, args.size, args.num_ids, args.seed, min_area=args.min_segment, images=False)
-    val_set = data.Evaluation(val_source, args.size, args.eval_images)
+    train_set = data.Training(train_source, args.size, args.num_ids, args.seed, min_area=args.min_segment, images=False, crop=args.crop, turns=args.turns)
+    val_set = data.Evaluation(val_source, args.eval_images, args.crop)
 
     # model and optimiser; weight decay is the penalty of eq. 2
     if args.ckpt:
@@ -732,7 +784,7 @@ def main(argv=None):
             start, best = state["iteration"], state["best"]
             skipped.add_(torch.tensor(state["skipped"]).to(device))
     checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
-                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "seed", "model", "arch")}}
+                          "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "crop", "seed", "model", "arch")}}
     if is_main():
         print(f"stage 1: {args.arch} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
               f"f = {args.factor}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
@@ -819,8 +871,8 @@ def main(argv=None):
         if is_main():
             data.picture(out / "ae.png", rows, ["image", "ids", "reconstruction", "error"])
     if is_main():
-        percent, millions = {k: 100 * result[k] for k in ("pq", "sq", "rq")}, sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"reconstruction of {len(val_set)} {args.val_split} images: " + "  ".join(f"{k.upper()} {v:.1f}" for k, v in percent.items()) +
+        percent, millions = {k: 100 * float(v) for k, v in result.items()}, sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"reconstruction of {len(val_set)} {args.val_split} images: " + "  ".join(f"{FIGURES[k]} {v:.1f}" for k, v in percent.items()) +
               f"  (latents: std {stats['latent_std']:.2f}, largest {stats['latent_max']:.1f}) -> {out / 'ae.png'}")
         if start < args.iters:
             entries = read_log(out / "log.jsonl", "ae")

@@ -6,7 +6,8 @@
     python data.py --bench                                        # images/s beside Pillow's own
 
 A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void), `segments_info` (as COCO has it:
-id, category_id, iscrowd, area), `image_id`, `file_name`. Sources that give it, chosen by `open_data`:
+id, category_id, iscrowd, area), `image_id`, `file_name`, and in the instances layout the background's category as
+`background_id`. Sources that give it, chosen by `open_data`:
 
     shapes                      scenes drawn on the fly from (seed, split, index); nothing to download
     FOLDER, panoptic layout     annotations/panoptic_{split}.json, PNGs in [annotations/]panoptic_{split}/, {split}/*.jpg
@@ -353,7 +354,7 @@ class Folder:
         if not self.images_dir.is_dir():
             raise BadInput(f"--data {folder}: the folder {split}/ with the images is missing")
         self.pngs = next((d for d in (root / f"panoptic_{split}", root / "annotations" / f"panoptic_{split}") if d.is_dir()), None)
-        by_image = {}
+        by_image, self.known = {}, {}
         for annotation in content["annotations"]:
             by_image.setdefault(annotation["image_id"], []).append(annotation)
         if self.layout == "panoptic":
@@ -363,6 +364,7 @@ class Folder:
         else:
             self.background_id = max([c["id"] for c in self.categories], default=0) + 1
             self.categories = self.categories + [{"id": self.background_id, "name": "background", "isthing": 0}]
+            self.known = {"background_id": self.background_id} if background == "segment" else {}
             keep = lambda found: any(not a.get("iscrowd") for a in found) or background == "segment"
         # images whose segments are all crowd say nothing about segments (method: left out)
         # each item is kept as text: forked workers would copy a million little dicts just by counting references to them
@@ -412,7 +414,8 @@ class Folder:
                 ids, segments = self._panoptic(info, annotations, shape, wrong)
             elif None not in shape:
                 ids, segments = self._instances(info, annotations, shape)
-        return {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}, wrong
+        sample = {"image": image, "ids": ids, "segments_info": segments, "image_id": info["id"], "file_name": info["file_name"]}
+        return {**sample, **self.known}, wrong
 
     def faults(self, index, num_ids):
         """Everything that is wrong with image `index`, also what training copes with: a list of (kind, line), empty if it is sound."""
@@ -551,6 +554,31 @@ def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
     return np.repeat(new[compact], length).reshape(ids.shape)
 
 
+def crop_sample(sample, side, rng):
+    """A random square of side x side pixels of a sample; where the picture is smaller, its edge is continued and the ids are void.
+
+    One that shows a single segment is drawn again, up to three times: it would teach little."""
+    ids, image = sample["ids"], sample["image"]
+    short = [(0, max(side - n, 0)) for n in ids.shape]
+    if any(map(sum, short)):
+        ids, image = np.pad(ids, short), None if image is None else np.pad(image, [*short, (0, 0)], "edge")
+    for _ in range(4):
+        top, left = (int(rng.integers(n - side + 1)) for n in ids.shape)
+        part = ids[top:top + side, left:left + side]
+        if (part != part[0, 0]).any():
+            break
+    area = dict(zip(*(v.tolist() for v in np.unique(part, return_counts=True))))
+    segments = [{**s, "area": area[s["id"]]} for s in sample["segments_info"] if s["id"] in area]
+    return {**sample, "ids": part, "segments_info": segments, "image": None if image is None else image[top:top + side, left:left + side]}
+
+
+def jitter_image(image, amount, rng):
+    """Random brightness and contrast, each times 1 - amount .. 1 + amount: 3 x H x W uint8 -> the same."""
+    brightness, contrast = rng.uniform(1 - amount, 1 + amount, 2)
+    image = image.float() * float(brightness)
+    return torch.lerp(image.mean(), image, float(contrast)).round().clamp(0, 255).byte()
+
+
 @functools.cache
 def say_once(line, every_rank=False):
     """Print a line once: on rank 0 (or on every one), and there in the first of its data loader workers only."""
@@ -562,6 +590,9 @@ def say_once(line, every_rank=False):
 class Training(torch.utils.data.Dataset):
     """Sample n of an endless training stream (paper 4.1): square resize, horizontal flip, random distinct ids.
 
+    Not in the paper, and off by default: crop, a random square of so many pixels in place of the whole picture; turns by
+    quarters; jitter of brightness and contrast.
+
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
     draws the same one, which makes runs reproducible over workers and resumable in mid-epoch. In place of an image that
     can't be read comes another one, which follows from (seed, n) too; `say_left_out` lists them.
@@ -569,7 +600,8 @@ class Training(torch.utils.data.Dataset):
     0 = void, others distinct in 1..num_ids-1), and with `classes` the class of each id (num_ids, int64): its category's
     place in source.categories, -1 where there is none."""
 
-    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False, images=True):
+    def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False, images=True, crop=0, turns=False, jitter=0.0):
+        self.crop, self.turns, self.jitter = crop, turns, jitter
         self.source, self.size, self.num_ids, self.seed, self.images = source, size, num_ids, seed, images
         self.flip, self.min_area, self.epoch = flip, min_area, None
         self.classes = {c["id"]: i for i, c in enumerate(source.categories)} if classes else None
@@ -577,7 +609,7 @@ class Training(torch.utils.data.Dataset):
 
     def _sample(self, index, n):
         """Item `index` of the source, or what takes its place. Raises BadInput if nothing in it can be read."""
-        side = self.size if self.images else 0
+        side = 0 if not self.images else None if self.crop else self.size
         try:
             return self.source.sample(index, side)
         except BadInput as error:
@@ -598,12 +630,19 @@ class Training(torch.utils.data.Dataset):
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
         sample = self._sample(n if self.source.endless else int(self.order[position]), n)
         rng = np.random.default_rng((self.seed, 2, n))
+        if self.crop:
+            sample = crop_sample(sample, self.crop, rng)
         new_id = {}
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area, new_id)
         ids = torch.from_numpy(resize_ids(ids, self.size, self.size))
-        image = to_tensor(sample["image"]) if self.images else torch.empty(0, dtype=torch.uint8)
+        image = to_tensor(resize_image(sample["image"], self.size)) if self.images else torch.empty(0, 0, dtype=torch.uint8)
         if self.flip and rng.random() < 0.5:
             image, ids = image.flip(-1), ids.flip(-1)
+        if self.turns:
+            quarters = int(rng.integers(4))
+            image, ids = image.rot90(quarters, (-2, -1)), ids.rot90(quarters, (-2, -1))
+        if self.jitter and self.images:
+            image = jitter_image(image, self.jitter, rng)
         if self.classes is None:
             return image, ids
         classes = torch.full((self.num_ids,), -1)
@@ -626,10 +665,10 @@ def say_left_out(dataset, broken):
 
 
 class Evaluation(torch.utils.data.Dataset):
-    """The sample as it is, plus `input`: its image at the network's size (3 x size x size, uint8). A broken one is a BadInput."""
+    """The samples as they are; a broken one is a BadInput. crop: of each picture only one square of so many pixels, always the same."""
 
-    def __init__(self, source, size, limit=None):
-        self.source, self.size, self.length = source, size, min(limit or len(source), len(source))
+    def __init__(self, source, limit=None, crop=0):
+        self.source, self.crop, self.length = source, crop, min(limit or len(source), len(source))
 
     def __len__(self):
         return self.length
@@ -639,7 +678,9 @@ class Evaluation(torch.utils.data.Dataset):
             sample = self.source[index]
         except BadInput as error:
             return error
-        return {**sample, "input": to_tensor(resize_image(sample["image"], self.size))}
+        if self.crop:
+            sample = crop_sample(sample, self.crop, np.random.default_rng((index, self.crop)))
+        return sample
 
 
 def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1, num_workers=0):

@@ -100,10 +100,12 @@ class DDIM:
 
     def loss_weights(self, kind, max_snr=2.0):
         """w_j of eq. 4, T floats. linear: 1, falling towards 0 over the lowest quarter of j (the paper);
-        snr: min(SNR, 2) / SNR (the authors' release); none: 1."""
+        snr: min(SNR, 2) / SNR (the authors' release); none: 1; balanced: SNR^-1/2 over its mean, which lets the high noise,
+        where it is decided which segment gets which id, weigh as much as the rest."""
         j = torch.arange(self.T)
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        return {"none": torch.ones(self.T), "linear": ((j + 1) / (self.T / 4)).clamp(max=1), "snr": snr.clamp(max=max_snr) / snr}[kind]
+        return {"none": torch.ones(self.T), "linear": ((j + 1) / (self.T / 4)).clamp(max=1), "snr": snr.clamp(max=max_snr) / snr,
+                "balanced": snr.rsqrt() / snr.rsqrt().mean()}[kind]
 
 
 # ------------------------------------------------------------------------------------------------- the networks
@@ -339,7 +341,7 @@ def untrained(kind, size=0):
     """A model of --model `kind` with random weights, to time (sample.py --bench). size: side of its input, 0 for the usual one."""
     stage1 = {k: ae.MODELS[kind][k] for k in ("num_ids", "factor", "width")}
     args = argparse.Namespace(model=kind, sd="none", size=size or ae.MODELS[kind]["size"], channels=48, prediction=None, latent_scale=SD_SCALE)
-    return new_model(args, ae.Autoencoder(**stage1), None, dict(size=args.size, min_area=ae.min_area(args.size), self_cond=True)).eval()
+    return new_model(args, ae.Autoencoder(**stage1), None, dict(size=args.size, min_area=ae.min_area(args.size), self_cond=True, crop=0)).eval()
 
 
 def image_noise(seed, keys, shape, device):
@@ -354,6 +356,37 @@ def image_noise(seed, keys, shape, device):
 def fresh_noise(seed, keys, shape, device):
     """A function of the timestep j that gives each image its own new noise at each step, len(keys) x shape."""
     return lambda j: image_noise(seed, [f"{key} at {j}" for key in keys], shape, device)
+
+
+@torch.no_grad()
+def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=None):
+    """Algorithm 2 on H x W x 3 uint8 images of any sizes: logits over ids, B x N x 4h x 4w, and the noise, B x 4 x h x w.
+
+    keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch.
+    renoise: draw the noise anew at each step instead of the paper's deterministic DDIM. trace: as in `LDM.sample`."""
+    device, size = next(model.parameters()).device, model.settings["size"]
+    inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
+    image_latent = model.encode_image(inputs)                              # B x c x h x w
+    place = keys, (4, *image_latent.shape[2:]), device
+    fresh = fresh_noise(seed, *place) if renoise else None
+    noise = image_noise(seed, *place)
+    return model.decode(model.sample(image_latent, noise, steps, fresh, trace)), noise
+
+
+def predict(model, images, keys, steps=50, seed=0, renoise=False):
+    """Images as in `sample_logits` -> for each its ids (H x W, int32) and their certainty (H x W), as `ae.argmax` gives them."""
+    logits, _ = sample_logits(model, images, keys, steps, seed, renoise)
+    return [ae.argmax(l, *image.shape[:2]) for l, image in zip(logits, images)]
+
+
+@torch.no_grad()
+def class_logits(model, images):
+    """The classifier's logits (C x h x w) for each of a list of H x W x 3 uint8 images, seen at the size or (crops) scale of training."""
+    size, crop, device = model.settings["size"], model.settings["crop"], next(model.parameters()).device
+    if not crop:
+        return model.classifier.logits(torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device))
+    scaled = [F.interpolate(data.to_tensor(image)[None].to(device).float(), scale_factor=size / crop, mode="bilinear", antialias=True) for image in images]
+    return [model.classifier.logits(x)[0] for x in scaled]
 
 
 def from_release(content):
@@ -401,8 +434,9 @@ def load_ldm(path):
             image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
         return LDM(ae.from_settings(s["autoencoder"]), image_encoder, build_unet(s["unet"]), s, classifier)
+    s.setdefault("crop", 0)
     with ae.fitting(path):
-        for name, kind in {"size": int, "min_area": int, "latent_scale": float, "self_cond": bool, "model": str, "seed": int,
+        for name, kind in {"size": int, "crop": int, "min_area": int, "latent_scale": float, "self_cond": bool, "model": str, "seed": int,
                            "data": str, "train_split": str, "val_split": str, "background": str}.items():
             if type(s[name]) is not kind or kind in (int, float) and not 0 <= s[name] < 1e6 or name in ("size", "latent_scale") and not s[name]:
                 raise BadInput(f"{path}: its setting {name} is {s[name]!r}, no {kind.__name__} in range")
@@ -416,45 +450,42 @@ COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
 
 
 @torch.no_grad()
-def evaluate(model, dataset, device, steps, seed, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5,
-             renoise=False):
+def evaluate(model, dataset, predict, device, batch_size=16, rank=0, world=1, num_workers=0, threshold=0.5):
     """Class-agnostic PQ of sampling a held-out set, and picture rows of `COLUMNS`.
 
-    A model with a classifier of the set's categories also gets PQ over them (pq_classes, pq_things, pq_stuff; the whole
+    predict: function of lists of images and keys, which gives each one's ids and certainty, as `predict` above does.
+    The figures are those of `ae.Score`. A model with a classifier of the set's categories also gets PQ over them (pq_classes, pq_things, pq_stuff; the whole
     result in `classes`) and label_accuracy, the share of the matched segments that are labelled rightly."""
     model.eval()
-    quality, rows, classifier = pq.PanopticQuality(), [], model.classifier
+    score, rows, classifier = ae.Score(), [], model.classifier
     if classifier and not all(c in classifier.categories for c in data.categories_of(dataset.source)):
         data.say_once("note: the categories of this data are not those of the checkpoint's classifier: class-agnostic PQ only")
         classifier = None
     by_class = [pq.PanopticQuality(classifier.categories) for _ in range(2)] if classifier else []
     for samples in data.evaluation_batches(dataset, batch_size, rank, world, num_workers):
-        inputs = torch.stack([s["input"] for s in samples]).to(device)
-        image_latent, class_logits = model.encode_image(inputs), classifier.logits(inputs) if classifier else [None] * len(inputs)
-        place = [s["image_id"] for s in samples], (4, *image_latent.shape[2:]), device
-        z0 = model.sample(image_latent, image_noise(seed, *place), steps, fresh_noise(seed, *place) if renoise else None)
-        for s, logits, scores in zip(samples, model.decode(z0), class_logits):
-            found = ae.postprocess(logits, *s["ids"].shape, threshold, model.settings["min_area"])
-            quality.update(s["ids"], s["segments_info"], found, ae.describe(found), str(s["file_name"]))
+        images = [s["image"] for s in samples]
+        logits = class_logits(model, images) if classifier else [None] * len(images)
+        for s, of_classes, (raw, certainty) in zip(samples, logits, predict(images, [s["image_id"] for s in samples])):
+            found = ae.keep(raw, certainty, threshold, model.settings["min_area"])
+            score.update(s, found)
             for labelled, merge in zip(by_class, (False, True)):           # proposals as they are, and the panoptic format
-                labelled.update(s["ids"], s["segments_info"], *classifier.label(scores, found, merge), str(s["file_name"]))
+                labelled.update(s["ids"], s["segments_info"], *classifier.label(of_classes, found, merge), str(s["file_name"]))
             if len(rows) < 6:
-                raw = ae.postprocess(logits, *s["ids"].shape, 0)
                 rows.append([s["image"], *(data.overlay(s["image"], ids) for ids in (raw, found, s["ids"]))])
-    for q in (quality, *by_class):
+    for q in (score.all, score.alone, *by_class):
         q.state = ae.reduce_sum(q.state, device)
-    result = quality.result()["All"]
+    result = score.result()
     if classifier:
         proposals, panoptic = by_class
         classes = panoptic.result()
         result.update({f"pq_{k}": classes[group]["pq"] for k, group in (("classes", "All"), ("things", "Things"), ("stuff", "Stuff"))},
-                      label_accuracy=proposals.counts[:, 0].sum() / max(quality.counts[0, 0], 1), classes=classes)
+                      label_accuracy=proposals.counts[:, 0].sum() / max(score.all.counts[0, 0], 1), classes=classes)
     return result, rows
 
 
 def percent(result):
     """The figures of `evaluate` in percent, for JSON."""
-    return {k: 100 * float(v) for k, v in result.items() if k not in ("n", "classes")}
+    return {k: 100 * float(v) for k, v in result.items() if k != "classes"}
 
 
 def class_table(result):
@@ -472,7 +503,7 @@ def main(argv=None):
     add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
         help="a new --model small: channels at the first resolution (default %(default)s)")
     add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
-    add("--loss_weight", choices=["linear", "snr", "none"], nargs="+", help="w_j of eq. 4; several are compared (default: sd linear, small none)")
+    add("--loss_weight", choices=["linear", "snr", "none", "balanced"], nargs="+", help="w_j of eq. 4; several are compared (default: sd linear, small none)")
     add("--latent_scale", type=data.amount, nargs="+", help="factor on z; several are compared (default: sd 0.18215; small, or 0: half of unit "
         "variance, measured)")
     add("--self_cond", type=data.fraction, nargs="+", help="share of samples with self-conditioning; several are compared (default: sd 1, small 0.5)")
@@ -503,20 +534,20 @@ def main(argv=None):
     # stage 1 and the data; the autoencoder says at which size and for how many ids it was trained
     start_from = load_ldm(args.ckpt) if args.ckpt else None
     if start_from:
-        autoencoder, size = start_from.autoencoder, start_from.settings["size"]
+        autoencoder, seen = start_from.autoencoder, start_from.settings
     else:
         autoencoder = ae.load_autoencoder(args.ae or out / "ae.pt")
-        size = autoencoder.trained_with["size"]
-    args.size = args.size or size
+        seen = autoencoder.trained_with
+    args.size, args.crop = args.size or seen["size"], seen.get("crop", 0) if args.crop is None else args.crop
     if args.size % (4 * autoencoder.factor):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor} for this autoencoder")
     source = lambda split: data.open_data(args.data, split, args.size, args.seed, args.background)
     train_set = data.Training(source(args.train_split), args.size, autoencoder.num_ids, args.seed, min_area=args.min_segment,
-                              classes=bool(args.classes))
-    val_set = data.Evaluation(source(args.val_split), args.size, args.eval_images)
+                              classes=bool(args.classes), crop=args.crop, turns=args.turns, jitter=args.jitter)
+    val_set = data.Evaluation(source(args.val_split), args.eval_images, args.crop)
 
     # the model
-    about = dict(size=args.size, min_area=ae.min_area(args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
+    about = dict(size=args.size, crop=args.crop, min_area=ae.min_area(args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
                  background=args.background, seed=args.seed, self_cond=args.self_cond > 0)
     if start_from:
         model = start_from
@@ -595,7 +626,8 @@ def main(argv=None):
     def validate():
         """PQ of sampling the validation subset with the weights in place."""
         with ae.autocast(precision, device):
-            return evaluate(model, val_set, device, args.steps, args.seed, min(per_process // args.accum, 32), rank, world, args.num_workers)
+            return evaluate(model, val_set, lambda images, keys: predict(model, images, keys, args.steps, args.seed), device,
+                            min(per_process // args.accum, 32), rank, world, args.num_workers)
 
     # training: Algorithm 1
     batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))

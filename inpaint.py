@@ -1,6 +1,7 @@
 """inpaint.py: complete a partial segmentation, with the ids that it has (paper section 3.3, Algorithm 3; Fig. 6, Fig. 9 right).
 
     python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks of held-out masks, complete them
+    python inpaint.py --click 4                           # complete discs of this radius, one on each object
     python inpaint.py --sweep                             # PQ over drop rate x block size: table and plot
     python inpaint.py --sweep --ae ae.pt --valid 0.05     # with an encoder that ae.py --drop_input taught to read partial maps
     python inpaint.py --image photo.jpg --mask part.png   # complete your own mask (id PNG, 0 = unknown)
@@ -21,7 +22,6 @@ import torch.nn.functional as F
 import ae
 import data
 import diffusion
-import pq
 import sample
 from data import BadInput
 
@@ -45,11 +45,10 @@ def inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh=None):
 
 
 @torch.no_grad()
-def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True):
-    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0..N-1, 0 = unknown) -> list of H x W int32.
+def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise):
+    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0..N-1, 0 = unknown) -> list of ids, certainty.
 
-    valid: share of given pixels from which a latent cell counts as given. A given pixel keeps its id.
-    renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed."""
+    Parameters: `complete`. A given pixel keeps its id, with certainty 1."""
     device, size, f = next(model.parameters()).device, model.settings["size"], model.autoencoder.factor
     inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
     y = torch.from_numpy(np.stack([data.resize_ids(p, size, size) for p in partial]).astype(np.uint8)).to(device)
@@ -59,8 +58,43 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     eps0 = diffusion.image_noise(seed, [f"{k} known" for k in keys], (4, *z_known.shape[2:]), device)
     fresh = diffusion.fresh_noise(seed, keys, (4, *z_known.shape[2:]), device) if renoise else None
     logits = model.decode(inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh))
-    found = [ae.postprocess(l, *p.shape, threshold, model.settings["min_area"]) for l, p in zip(logits, partial)]
-    return [np.where(p > 0, p, ids).astype(np.int32) for p, ids in zip(partial, found)]
+    found = [ae.argmax(l, *p.shape) for l, p in zip(logits, partial)]
+    return [(np.where(p > 0, p, ids), np.where(p > 0, np.float32(1), certainty)) for p, (ids, certainty) in zip(partial, found)]
+
+
+def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True, overlap=0.25, batch_size=16):
+    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0 = unknown) of any sizes -> list of H x W int32.
+
+    valid: share of given pixels from which a latent cell counts as given. Given pixels keep their ids, segments that the model
+    adds get ids above them. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
+    A model that was trained on crops works in tiles, and leaves smaller ids aside in one that has more than its N - 1."""
+    side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
+    for image, y, key in zip(images, partial, keys):
+        corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
+        parts = zip(sample.cut(image, side, corners), sample.cut(y, side, corners)) if side else [(image, y)]
+        for corner, (part, ids) in zip(corners, parts):
+            known, place, area = np.unique(ids, return_inverse=True, return_counts=True)       # the tile's ids become 1..N-1
+            kept = sorted((k for k in range(len(known)) if known[k]), key=lambda k: -area[k])[:N - 1]
+            own = known.copy() if known[-1] < N else np.zeros_like(known)
+            if known[-1] >= N:
+                own[kept] = np.arange(len(kept)) + 1
+            pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
+    found = []
+    for n in range(0, len(pieces), batch_size):
+        parts, ids, names, _ = zip(*pieces[n:n + batch_size])
+        found += complete_tiles(model, parts, ids, names, steps, seed, valid, renoise)
+    results, done = [], 0
+    for y in partial:
+        corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
+        top, tiles = int(y.max()), []
+        for (ids, certainty), (*_, back) in zip(found[done:done + len(corners)], pieces[done:]):
+            table = np.array([back.get(i, top + i) if i else 0 for i in range(N)])             # given ids as they were, new ones above them
+            tiles.append((table[ids], certainty))
+        done += len(corners)
+        ids, certainty = sample.stitch(tiles, corners, y.shape, shared=top) if side else tiles[0]
+        ids = ae.keep(ids, certainty, threshold, model.settings["min_area"])
+        results.append(np.where(y > 0, y, ids).astype(np.int32))
+    return results
 
 
 def drop_blocks(size, drop, block, rng):
@@ -69,31 +103,55 @@ def drop_blocks(size, drop, block, rng):
     return cells.repeat(block, 0).repeat(block, 1)[:size, :size]
 
 
+def discs(ids, things, radius):
+    """Which pixels stay given (H x W, bool) if each thing was clicked on: a disc around the pixel nearest to its centre of gravity."""
+    given, (y, x) = np.zeros(ids.shape, bool), np.indices(ids.shape)
+    for i in things:
+        rows, cols = np.nonzero(ids == i)
+        middle = ((rows - rows.mean()) ** 2 + (cols - cols.mean()) ** 2).argmin() if len(rows) else None
+        if middle is not None:
+            given |= (ids == i) & ((y - rows[middle]) ** 2 + (x - cols[middle]) ** 2 <= radius ** 2)
+    return given
+
+
+def settings(args):
+    """What the flags say, as the last parameters of `complete`."""
+    return args.steps, args.seed, args.valid, args.threshold, args.renoise, args.overlap, args.batch_size
+
+
 def evaluate(model, dataset, drop, block, args, baselines=True):
     """Drop and complete a held-out set: PQ, SQ, RQ in percent by name (inpainting, and as baselines the input as it is
     and sampling without a mask), picture rows, seconds that inpainting took for an image."""
     names = ["inpainting", "input", "sampling"] if baselines else ["inpainting"]
-    quality, rows = {n: pq.PanopticQuality() for n in names}, []
+    scores, rows, crop = {n: ae.Score() for n in names}, [], model.settings["crop"]
     size, num_ids, seconds = model.settings["size"], model.autoencoder.num_ids, 0.0
     for samples in data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers):
-        keys, images, truths, partial = [s["image_id"] for s in samples], [s["image"] for s in samples], [], []
+        keys, images, truths, infos, partial = [s["image_id"] for s in samples], [s["image"] for s in samples], [], [], []
         for s in samples:
             rng = np.random.default_rng((args.seed, 4, *str(s["image_id"]).encode()))
-            truths.append(data.relabel(s["ids"], s["segments_info"], num_ids, rng))
-            given = data.resize_ids(drop_blocks(size, drop, block, rng), *truths[-1].shape)
+            new = {i["id"]: 0 if i.get("iscrowd") else i["id"] for i in s["segments_info"]}
+            truths.append(data.relabel(s["ids"], s["segments_info"], num_ids, rng, mapping=new) if not crop else
+                          np.where(np.isin(s["ids"], [i for i in new if new[i]]), s["ids"], 0))
+            infos.append([{**i, "id": new[i["id"]]} for i in s["segments_info"] if new[i["id"]]])
+            if args.click:
+                given = discs(truths[-1], [i["id"] for i in infos[-1] if i["category_id"] != s.get("background_id")], args.click)
+            elif crop:                                                     # a block is so many pixels of what the network sees
+                scaled = [max(1, round(n * size / crop)) for n in truths[-1].shape]
+                given = data.resize_ids(drop_blocks(max(scaled), drop, block, rng)[:scaled[0], :scaled[1]], *truths[-1].shape)
+            else:
+                given = data.resize_ids(drop_blocks(size, drop, block, rng), *truths[-1].shape)
             partial.append(np.where(given, truths[-1], 0))
         began = time.time()
-        found = {"inpainting": complete(model, images, partial, keys, args.steps, args.seed, args.valid, args.threshold, args.renoise), "input": partial}
+        found = {"inpainting": complete(model, images, partial, keys, *settings(args)), "input": partial}
         seconds += time.time() - began
         if baselines:
-            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold, args.renoise)
+            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold, args.renoise, args.overlap)
         for k, (s, truth) in enumerate(zip(samples, truths)):
             for name in names:
-                quality[name].update(truth, ae.describe(truth), found[name][k], ae.describe(found[name][k]), str(s["file_name"]))
+                scores[name].update(s, found[name][k], truth, infos[k])
             if len(rows) < 6:
                 rows.append([s["image"], data.colorize(partial[k]), data.colorize(found["inpainting"][k]), data.colorize(truth)])
-    percent = {name: {k: 100 * q.result()["All"][k] for k in ("pq", "sq", "rq")} for name, q in quality.items()}
-    return percent, rows, seconds / len(dataset)
+    return {name: diffusion.percent(score.result()) for name, score in scores.items()}, rows, seconds / len(dataset)
 
 
 def complete_file(model, args, out):
@@ -103,21 +161,11 @@ def complete_file(model, args, out):
         raise BadInput(f"--mask {args.mask}: is {given.shape[1]} x {given.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}; "
                        "they must be of one size")
     known, num_ids = [int(i) for i in np.unique(given) if i], model.autoencoder.num_ids
-    if len(known) > num_ids - 1:
+    if len(known) > num_ids - 1 and not model.settings["crop"]:
         raise BadInput(f"--mask {args.mask}: holds {len(known)} ids, this model knows {num_ids - 1}")
-    # the model's ids are 1..N-1: translate there and back; segments that the model adds get ids above the given ones
-    own = {k: n + 1 for n, k in enumerate(known)}
-    partial = np.zeros(given.shape, np.int32)
-    for k, n in own.items():
-        partial[given == k] = n
     began = time.time()
-    ids = complete(model, [image], [partial], [Path(args.image).stem], args.steps, args.seed, args.valid, args.threshold, args.renoise)[0]
+    ids = complete(model, [image], [given], [Path(args.image).stem], *settings(args))[0]
     seconds = time.time() - began
-    back = np.zeros(num_ids, np.int32)
-    back[1:] = np.arange(num_ids - 1) + max(known, default=0) + 1
-    for k, n in own.items():
-        back[n] = k
-    ids = back[ids]
     stem, out_ids = Path(args.image).stem, out / f"{Path(args.image).stem}_completed.png"
     data.write_id_png(out_ids, ids)
     segments_info = sample.label_batch(model, [image], [ids], merge=False)[0][1]
@@ -140,6 +188,7 @@ def main(argv=None):
     add("--drop", type=data.fraction, default=0.5, help="share of blocks that is dropped (default %(default)s)")
     add("--block", type=data.positive, default=8, help="side of a block in pixels of the network's input (default %(default)s)")
     add("--valid", type=data.fraction, default=0.5, help="share of given pixels from which a latent cell counts as given (default %(default)s)")
+    add("--click", type=data.positive, metavar="R", help="instead of blocks give one disc of this radius (pixels of the picture) on each thing")
     add("--ae", help="read the given part with this autoencoder instead: one that ae.py --drop_input made from the model's own")
     add("--sweep", action="store_true", help="drop rates 0.1..0.9 x block sizes of 1/32..1/4 of the side")
     add("--image", help="a picture of yours, with --mask")
@@ -164,14 +213,14 @@ def main(argv=None):
             raise BadInput(f"--block {args.block}: larger than the network's input of {size} px")
         if not args.sweep:
             results, rows, seconds = evaluate(model, dataset, args.drop, args.block, args)
-            print(f"{len(dataset)} images, drop {args.drop}, block {args.block}, {args.steps} steps, seed {args.seed}")
-            print(f"{'':12}{'PQ':>7}{'SQ':>7}{'RQ':>7}")
+            given = f"discs of radius {args.click}" if args.click else f"drop {args.drop}, block {args.block}"
+            print(f"{len(dataset)} images, {given}, {args.steps} steps, seed {args.seed}\n{'':12}{sample.table_of(results['input'])[0]}")
             for name, r in results.items():
-                print(f"{name:12}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}")
+                print(f"{name:12}{sample.table_of(r)[1]}")
             data.picture(out / "inpaint.png", rows, ["image", "given", "completion", "truth"])
             print(f"-> {out / 'inpaint.png'}")
             figures = {**results["inpainting"], "pq_input": results["input"]["pq"], "pq_sampling": results["sampling"]["pq"],
-                       "drop": args.drop, "block": args.block}
+                       **({"click": args.click} if args.click else {"drop": args.drop, "block": args.block})}
         else:
             drops, blocks = (0.1, 0.3, 0.5, 0.7, 0.9), sorted({max(1, size // d) for d in (32, 16, 8, 4)})
             lines = ["| drop \\ block |" + "".join(f" {b} |" for b in blocks), "|---|" + "---|" * len(blocks)]

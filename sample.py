@@ -15,6 +15,7 @@ Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/sh
 """
 import argparse
 import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -47,30 +48,81 @@ def load(path=None, device="cpu"):
     return diffusion.load_ldm(path).to(device)
 
 
-@torch.no_grad()
-def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=None):
-    """Algorithm 2 on H x W x 3 uint8 images of any sizes: logits over ids, B x N x 4h x 4w, and the noise, B x 4 x h x w.
-
-    keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch.
-    renoise: draw the noise anew at each step instead of the paper's deterministic DDIM. trace: as in `LDM.sample`."""
-    device, size = next(model.parameters()).device, model.settings["size"]
-    inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
-    image_latent = model.encode_image(inputs)                              # B x c x h x w
-    place = keys, (4, *image_latent.shape[2:]), device
-    fresh = diffusion.fresh_noise(seed, *place) if renoise else None
-    noise = diffusion.image_noise(seed, *place)
-    return model.decode(model.sample(image_latent, noise, steps, fresh, trace)), noise
+def tile_corners(height, width, side, overlap):
+    """(top, left) of squares that cover a picture, evenly spaced, each sharing at least `overlap` of its side with the next."""
+    along = lambda n: np.linspace(0, max(n - side, 0), max(1, math.ceil((n / side - overlap) / (1 - overlap)))).round().astype(int).tolist()
+    return [(top, left) for top in along(height) for left in along(width)]
 
 
-def id_maps(logits, images, threshold=0.0, min_area=0):
-    """Logits (B x N x h x w) -> list of id maps (int32, 0 = void), each of its image's size; by default the plain argmax."""
-    return [ae.postprocess(l, *image.shape[:2], threshold, min_area) for l, image in zip(logits, images)]
+def stitch(tiles, corners, shape, shared=0):
+    """Join what was sampled tile by tile: every pixel is taken from the tile in whose middle it lies most, and the segments of
+    two tiles are one where IoU > 0.5 in the part that both tiles see.
+
+    tiles: of each its ids (side x side) and their certainty; corners: (top, left) of each; shape: H, W of the whole. Ids up to
+    `shared` mean the same in every tile, all others are a tile's own. Returns ids (H x W, int32) and their certainty."""
+    side, ids, count = len(tiles[0][0]), [], shared
+    for tile, _ in tiles:                                                  # make ids distinct over all tiles
+        known, place = np.unique(tile, return_inverse=True)
+        own = known > shared
+        ids.append(np.where(own, count + own.cumsum(), known)[place.reshape(tile.shape)])
+        count += own.sum()
+    joined = np.arange(count + 1)                                          # id -> what it was joined with
+
+    def root(i):
+        """The id that stands for all that `i` was joined with."""
+        while joined[i] != i:
+            i = joined[i]
+        return i
+    for (n, (top, left)), (m, (top2, left2)) in itertools.combinations(enumerate(corners), 2):
+        if abs(top - top2) < side and abs(left - left2) < side:
+            a = ids[n][max(top2 - top, 0):side + min(top2 - top, 0), max(left2 - left, 0):side + min(left2 - left, 0)]
+            b = ids[m][max(top - top2, 0):side + min(top - top2, 0), max(left - left2, 0):side + min(left - left2, 0)]
+            (of_a, a), (of_b, b) = (np.unique(x, return_inverse=True) for x in (a, b))
+            inter = np.bincount(a.ravel() * len(of_b) + b.ravel(), minlength=len(of_a) * len(of_b)).reshape(len(of_a), -1)
+            for i, k in np.argwhere(2 * inter > inter.sum(1)[:, None] + inter.sum(0)[None] - inter):
+                low, high = sorted((root(of_a[i]), root(of_b[k])))
+                if low and high > shared:
+                    joined[high] = low
+    whole, certainty, nearest = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.full(shape, np.inf)
+    reach = np.abs(np.arange(side) - (side - 1) / 2)
+    reach = np.maximum(reach[:, None], reach)                              # distance from the tile's middle
+    for tile, (_, sure), (top, left) in zip(ids, tiles, corners):
+        box = np.s_[top:top + side, left:left + side]
+        seen = nearest[box].shape                                          # a picture may be smaller than the tile
+        closer = reach[:seen[0], :seen[1]] < nearest[box]
+        for target, value in ((whole, tile), (certainty, sure), (nearest, reach)):
+            target[box][closer] = value[:seen[0], :seen[1]][closer]
+    known, place = np.unique([root(i) for i in range(count + 1)], return_inverse=True)
+    new = np.where(known > shared, shared + (known > shared).cumsum(), known)
+    return new[place][whole].astype(np.int32), certainty
 
 
-def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False):
-    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void). Parameters: `sample_logits`."""
-    logits, _ = sample_logits(model, images, keys, steps, seed, renoise)
-    return id_maps(logits, images, threshold, model.settings["min_area"])
+def cut(image, side, corners):
+    """Tiles of an H x W[ x 3] array; where it is smaller than a tile, its edge is continued."""
+    image = np.pad(image, [(0, max(side - n, 0)) for n in image.shape[:2]] + [(0, 0)] * (image.ndim - 2), "edge")
+    return [image[top:top + side, left:left + side] for top, left in corners]
+
+
+def predict(model, images, keys, steps=50, seed=0, renoise=False, overlap=0.25, batch_size=16):
+    """H x W x 3 uint8 images of any sizes -> for each its ids (H x W, int32) and their certainty (H x W, 0..1).
+
+    A model that was trained on crops sees pictures in tiles of that size; other parameters: `diffusion.sample_logits`."""
+    side = model.settings["crop"]
+    corners = [tile_corners(*image.shape[:2], side, overlap) if side else [None] for image in images]
+    tiles = [tile for image, places in zip(images, corners) for tile in (cut(image, side, places) if side else [image])]
+    names = [f"{key} at {place}" if side else key for key, places in zip(keys, corners) for place in places]
+    found = []
+    for n in range(0, len(tiles), batch_size):
+        found += diffusion.predict(model, tiles[n:n + batch_size], names[n:n + batch_size], steps, seed, renoise)
+    if not side:
+        return found
+    ends = np.cumsum([len(places) for places in corners])
+    return [stitch(found[end - len(places):end], places, image.shape[:2]) for image, places, end in zip(images, corners, ends)]
+
+
+def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False, overlap=0.25):
+    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void). Parameters: `predict`."""
+    return [ae.keep(*found, threshold, model.settings["min_area"]) for found in predict(model, images, keys, steps, seed, renoise, overlap)]
 
 
 @torch.no_grad()
@@ -81,9 +133,7 @@ def label_batch(model, images, found, merge=True):
     without one they are all objects (category 1)."""
     if model.classifier is None:
         return [(ids, ae.describe(ids)) for ids in found]
-    inputs = torch.stack([data.to_tensor(data.resize_image(image, model.settings["size"])) for image in images])
-    logits = model.classifier.logits(inputs.to(next(model.parameters()).device))
-    return [model.classifier.label(l, ids, merge) for l, ids in zip(logits, found)]
+    return [model.classifier.label(l, ids, merge) for l, ids in zip(diffusion.class_logits(model, images), found)]
 
 
 def segment(model, image, steps=50, seed=0, threshold=0.5, renoise=False):
@@ -110,32 +160,36 @@ def agreement(maps):
 def compare_seeds(model, dataset, args, out):
     """Fig. 10: sample each image with every seed. PQ by seed, the seeds' mean agreement, and out/seeds.png.
 
-    The sheet shows for each image the decoded noise of every seed, and under it what was sampled from it and the agreement."""
-    quality, rows, agreed = {seed: pq.PanopticQuality() for seed in args.seeds}, [], []
+    The sheet shows for each image the decoded noise of every seed (for pictures in tiles there is no one noise), and under it
+    what was sampled from it and the agreement."""
+    scores, rows, agreed, crop = {seed: ae.Score() for seed in args.seeds}, [], [], model.settings["crop"]
+    side = model.settings["size"] // model.autoencoder.factor
     for samples in tqdm(data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers), unit="batch"):
         images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
-        found, noises, shown = {}, {}, images[:4 - len(rows) // 2]         # the sheet has two rows for each of four images
-        for seed in args.seeds:
-            logits, noise = sample_logits(model, images, keys, args.steps[-1], seed, args.renoise)
-            found[seed] = id_maps(logits, images, args.threshold, model.settings["min_area"])
-            noises[seed] = id_maps(model.decode(noise[:len(shown)]), shown) if shown else []
+        found = {seed: segment_batch(model, images, keys, args.steps[-1], seed, args.threshold, args.renoise, args.overlap) for seed in args.seeds}
         for k, s in enumerate(samples):
             for seed in args.seeds:
-                quality[seed].update(s["ids"], s["segments_info"], found[seed][k], ae.describe(found[seed][k]), str(s["file_name"]))
+                scores[seed].update(s, found[seed][k])
             certain = agreement([f[k] for f in found.values()])
             agreed.append(certain.mean())
-            if k < len(shown):
+            if len(agreed) <= 4:
                 gray = np.repeat((255 * certain).astype(np.uint8)[..., None], 3, 2)
-                rows += [[s["image"], *(data.colorize(n[k]) for n in noises.values())], [gray, *(data.overlay(s["image"], f[k]) for f in found.values())]]
-    data.picture(out / "seeds.png", rows, ["image, agreement"] + [f"noise, sample {seed}" for seed in args.seeds])
-    return {seed: {k: 100 * q.result()["All"][k] for k in ("pq", "sq", "rq")} for seed, q in quality.items()}, float(np.mean(agreed))
+                noises = [diffusion.image_noise(seed, [s["image_id"]], (4, side, side), next(model.parameters()).device) for seed in args.seeds]
+                decoded = [] if crop else [data.colorize(ae.postprocess(model.decode(z)[0], *certain.shape, 0)) for z in noises]
+                samples_row = [data.overlay(s["image"], f[k]) for f in found.values()]
+                rows += [[s["image"], gray, *samples_row]] if crop else [[s["image"], *decoded], [gray, *samples_row]]
+    data.picture(out / "seeds.png", rows, ["image", "agreement"] + [f"sample {seed}" for seed in args.seeds] if crop else
+                 ["image, agreement"] + [f"noise, sample {seed}" for seed in args.seeds])
+    return {seed: diffusion.percent(score.result()) for seed, score in scores.items()}, float(np.mean(agreed))
 
 
 def draw_trajectory(model, images, keys, args, out):
     """Fig. S4: the estimate of z^0 after each step, decoded: out/trajectory.png (up to eight steps) and out/trajectory.gif (all)."""
-    trace, timesteps = [], model.ddim.timesteps(args.steps[-1])
-    sample_logits(model, images, keys, args.steps[-1], args.seed, args.renoise, trace)
-    decoded = [[data.overlay(image, ids) for image, ids in zip(images, id_maps(model.decode(z0), images))] for z0 in trace]
+    trace, timesteps, side = [], model.ddim.timesteps(args.steps[-1]), model.settings["crop"]
+    if side:                                                               # the tile in the middle
+        images = [cut(image, side, [[max(n - side, 0) // 2 for n in image.shape[:2]]])[0] for image in images]
+    diffusion.sample_logits(model, images, keys, args.steps[-1], args.seed, args.renoise, trace)
+    decoded = [[data.overlay(image, ae.argmax(l, *image.shape[:2])[0]) for image, l in zip(images, model.decode(z0))] for z0 in trace]
     shown = sorted({round(i) for i in np.linspace(0, len(trace) - 1, 8)})
     data.picture(out / "trajectory.png", [[image, *(decoded[i][k] for i in shown)] for k, image in enumerate(images)],
                  ["image"] + [f"j = {timesteps[i]}" for i in shown])
@@ -178,6 +232,13 @@ def bench(args, device, precision):
     return {"image_encoder": encode, "unet_step": unet, "decoder": decode, "postprocess": post, "by_steps": results}
 
 
+def table_of(figures):
+    """Head and row of a table of `ae.Score`'s figures, in percent."""
+    names = {k: ae.FIGURES[k] for k in figures if k in ae.FIGURES}
+    widths = {k: max(7, len(name) + 2) for k, name in names.items()}
+    return "".join(f"{names[k]:>{w}}" for k, w in widths.items()), "".join(f"{figures[k]:{w}.1f}" for k, w in widths.items())
+
+
 def find_images(path):
     """A file or a folder -> list of pictures. Raises BadInput if there is none, or if two would get the same name."""
     path = Path(path)
@@ -216,11 +277,11 @@ def predict_files(model, files, out, args, rank, world):
         if not batch:
             continue
         pictures = [i for _, i in batch]
-        logits, _ = sample_logits(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.renoise)
-        found = id_maps(logits, pictures, args.threshold, model.settings["min_area"])
-        for l, (file, image), (ids, segments_info) in zip(logits, batch, label_batch(model, pictures, found)):
+        maps = predict(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.renoise, args.overlap, args.batch_size)
+        found = [ae.keep(*m, args.threshold, model.settings["min_area"]) for m in maps]
+        for (raw, _), (file, image), (ids, segments_info) in zip(maps, batch, label_batch(model, pictures, found)):
             if len(rows) < 6:
-                rows.append([image, data.overlay(image, ae.postprocess(l, *ids.shape, 0)), data.overlay(image, ids)])
+                rows.append([image, data.overlay(image, raw), data.overlay(image, ids)])
             data.write_id_png(out / "predictions" / f"{file.stem}.png", ids)
             Image.fromarray(data.overlay(image, ids)).save(out / "overlays" / f"{file.stem}.png")
             images.append({"id": image_id(file), "file_name": file.name, "height": ids.shape[0], "width": ids.shape[1]})
@@ -247,6 +308,8 @@ def sampling_flags(parser, renoise):
     add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
     add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
         help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
+    add("--crop", type=data.natural, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
+    add("--overlap", type=data.number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)
 
@@ -258,6 +321,7 @@ def open_model(args, device):
     if args.size and args.size % (4 * f):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * f} for this model")
     settings["size"] = args.size or settings["size"]
+    settings["crop"] = settings["crop"] if args.crop is None else args.crop
     settings["min_area"] = settings["min_area"] if args.min_area is None else args.min_area
     return model
 
@@ -266,7 +330,7 @@ def open_split(model, args):
     """The held-out images of the flags, by default those that the checkpoint names. Raises BadInput."""
     s = model.settings
     source = data.open_data(args.data or s["data"], args.split or s["val_split"], s["size"], s["seed"], args.background or s["background"])
-    return data.Evaluation(source, s["size"], args.limit)
+    return data.Evaluation(source, args.limit)
 
 
 @data.command
@@ -326,26 +390,29 @@ def main(argv=None):
             raise BadInput("--seeds: compares in one process; start it without torchrun")
         with ae.autocast(precision, device):
             by_seed, agreed = compare_seeds(model, dataset, args, out)
-        print(f"{len(dataset)} images, {args.steps[-1]} steps\n{'seed':>6}{'PQ':>7}{'SQ':>7}{'RQ':>7}")
+        print(f"{len(dataset)} images, {args.steps[-1]} steps\n{'seed':>6}{table_of(by_seed[args.seeds[0]])[0]}")
         for seed, r in by_seed.items():
-            print(f"{seed:6}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}")
-        mean = {k: float(np.mean([r[k] for r in by_seed.values()])) for k in ("pq", "sq", "rq")}
+            print(f"{seed:6}{table_of(r)[1]}")
+        mean = {k: float(np.mean([r[k] for r in by_seed.values()])) for k in r}
         print(f"mean agreement of the seeds {agreed:.3f} (1: the same segments everywhere) -> {out / 'seeds.png'}")
         if args.json:
             data.write_json(args.json, {**mean, "agreement": agreed, "by_seed": by_seed, "images": len(dataset)})
         return
     if is_main():
-        print(f"{len(dataset)} images, seed {args.seed}, {device.type}, {precision}\n{'steps':>6}{'PQ':>7}{'SQ':>7}{'RQ':>7}{'s/image':>10}")
+        print(f"{len(dataset)} images, seed {args.seed}, {device.type}, {precision}")
     for steps in args.steps:
         began = time.time()
         with ae.autocast(precision, device):
-            result, rows = diffusion.evaluate(model, dataset, device, steps, args.seed, args.batch_size, rank, world,
-                                              args.num_workers, args.threshold, args.renoise)
+            segment = lambda images, keys: predict(model, images, keys, steps, args.seed, args.renoise, args.overlap, args.batch_size)
+            result, rows = diffusion.evaluate(model, dataset, segment, device, args.batch_size, rank, world, args.num_workers, args.threshold)
         seconds = (time.time() - began) / len(dataset)
         results[steps] = {**diffusion.percent(result), "images": len(dataset), "seconds_per_image": seconds}
         if is_main():
             r = results[steps]
-            print(f"{steps:6}{r['pq']:7.1f}{r['sq']:7.1f}{r['rq']:7.1f}{r['seconds_per_image']:10.3f}", flush=True)
+            head, row = table_of(r)
+            if steps == args.steps[0]:
+                print(f"{'steps':>6}{head}{'s/image':>10}")
+            print(f"{steps:6}{row}{seconds:10.3f}", flush=True)
     if is_main():
         if "classes" in result:
             print(diffusion.class_table(result))
