@@ -256,6 +256,28 @@ def argmax(logits, height, width):
     return ids.cpu().numpy(), certainty.cpu().numpy()
 
 
+def connected(ids):
+    """Make parts of a segment that do not touch (by an edge) segments of their own: H x W ids -> H x W int32, 0 = void.
+
+    For data whose segments are in one piece; not in the paper."""
+    new = np.ones(ids.shape, bool)                                         # where a run begins, along each row
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    run = new.cumsum().reshape(ids.shape) - 1                              # of each pixel
+    touching = ids[1:] == ids[:-1]
+    a, b = np.unique(np.stack([run[:-1][touching], run[1:][touching]]), axis=1)
+    part = np.arange(run[-1, -1] + 1)                                      # run -> the first run of its part
+    while True:
+        lower = part.copy()
+        np.minimum.at(lower, a, part[b])
+        np.minimum.at(lower, b, part[a])
+        lower = lower[lower]
+        if np.array_equal(lower, part):
+            break
+        part = lower
+    part = np.where(ids[new] == 0, -1, part)
+    return (np.unique(np.append(part, -1), return_inverse=True)[1][:-1])[run].astype(np.int32)
+
+
 def keep(ids, certainty, threshold=0.5, min_area=0):
     """The paper's evaluation protocol (supplement B): pixels under `threshold` and segments under `min_area` pixels become void (0)."""
     ids = np.where(certainty < threshold, 0, ids)
@@ -577,7 +599,7 @@ def training_flags(parser, models):
     add("--model", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default: that of --ckpt, else sd)")
     add("--sd", default="CompVis/stable-diffusion-v1-4", metavar="ID_OR_FOLDER",
         help="Stable Diffusion's weights for --model sd: hub id, folder with unet/ and vae/, or 'none' for untrained ones (default %(default)s)")
-    add("--train_split", help="(default: that of --ckpt, else train2017)")
+    add("--train_split", nargs="+", help="one name, or one for each set of --data (default: that of --ckpt, else train2017)")
     add("--val_split", help="(default: that of --ckpt, else val2017)")
     add("--iters", type=data.natural, help="iterations")
     add("--lr", type=data.amount, help="peak learning rate of AdamW")
@@ -613,6 +635,9 @@ def parse(parser, models, argv, kind):
     for name, value in vars(args).items():
         if value is None and name in fallback:
             setattr(args, name, fallback[name])
+    # of several sets the first is the one that a checkpoint names and that is evaluated
+    args.train_sets = [names if isinstance(names, list) else [names] for names in (args.data, args.train_split)]
+    args.data, args.train_split = (names[0] for names in args.train_sets)
     return args
 
 
@@ -725,7 +750,7 @@ def min_area(size):
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 1."""
-    parser = data.Parser(__doc__, out="checkpoints")
+    parser = data.Parser(__doc__, out="checkpoints", mix=True)
     training_flags(parser, MODELS)
     parser.add_argument("--arch", choices=["shallow", "sd_vae"], nargs="+", help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, "
                         "from --sd or with --model small narrow and untrained; both are compared (default shallow)")
@@ -752,9 +777,9 @@ def main(argv=None):
     precision = pick_precision(args.precision, device)
 
     # data
-    train_source = data.open_data(args.data, args.train_split, args.size, args.seed, args.background)
     val_source = data.open_data(args.data, args.val_split, args.size, args.seed, args.background)
-    train_set = data.Training(train_source, args.size, args.num_ids, args.seed, min_area=args.min_segment, images=False, crop=args.crop, turns=args.turns)
+    train_set = data.open_training(*args.train_sets, args.size, args.num_ids, args.seed, args.background,
+                                   min_area=args.min_segment, images=False, crop=args.crop, turns=args.turns)
     val_set = data.Evaluation(val_source, args.eval_images, args.crop)
 
     # model and optimiser; weight decay is the penalty of eq. 2
@@ -786,7 +811,7 @@ def main(argv=None):
     checkpoint = lambda: {"kind": "ae", "autoencoder": model.settings, "weights": {k: v.cpu() for k, v in model.state_dict().items()},
                           "settings": {k: getattr(args, k) for k in ("data", "train_split", "val_split", "background", "size", "crop", "seed", "model", "arch")}}
     if is_main():
-        print(f"stage 1: {args.arch} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {args.data}, {args.size} px, N = {args.num_ids}, "
+        print(f"stage 1: {args.arch} {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {' + '.join(args.train_sets[0])}, {args.size} px, N = {args.num_ids}, "
               f"f = {args.factor}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         log(out / "log.jsonl", stage="ae", start=start, seed=args.seed)
 
@@ -880,7 +905,7 @@ def main(argv=None):
             data.plot(out / "ae_loss.png", curves, "iteration", "loss", log_y=True)
         if args.json:
             data.write_json(args.json, {"images": len(val_set), **percent, **stats, "parameters_millions": millions})
-    data.say_left_out(train_set, reduce_sum(train_set.broken.double(), device))
+    data.say_left_out(train_set, lambda value: reduce_sum(value, device))
     stop.leave(out / "ae_state.pt", args.iters)
 
 

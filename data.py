@@ -652,16 +652,36 @@ class Training(torch.utils.data.Dataset):
         return image, ids, classes
 
 
-def say_left_out(dataset, broken):
-    """At the end of a training: rank 0 prints which images of a Training could not be read. broken: its `broken` over all ranks."""
-    indices = np.flatnonzero(broken)
-    if is_main() and len(indices):
-        print(f"{len(indices)} of {len(dataset.source)} images left out, others took their place:")
-        for index in indices.tolist():
-            try:
-                print(f"  {dataset.source[index]['file_name']}: could not be read at first")
-            except BadInput as error:
-                print(f"  {error}")
+class Mixed(torch.utils.data.Dataset):
+    """Sample n of several endless training streams, which take turns. parts: a Training each."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __getitem__(self, n):
+        return self.parts[n % len(self.parts)][n // len(self.parts)]
+
+
+def open_training(names, splits, size, num_ids, seed=0, background="segment", **options):
+    """The training stream of one data set, or of several that take turns. Parameters: `open_data`, `Training`. Raises BadInput."""
+    if len(splits) not in (1, len(names)):
+        raise BadInput(f"--train_split: {len(splits)} names for {len(names)} sets of --data; give one name, or one for each")
+    parts = [Training(open_data(name, split, size, seed, background), size, num_ids, seed, **options)
+             for name, split in zip(names, splits * len(names))]
+    return parts[0] if len(parts) == 1 else Mixed(parts)
+
+
+def say_left_out(dataset, over_ranks):
+    """At the end of a training: rank 0 prints which images could not be read. over_ranks: sums an array over all processes."""
+    for part in getattr(dataset, "parts", [dataset]):
+        indices = np.flatnonzero(over_ranks(part.broken.double()))
+        if is_main() and len(indices):
+            print(f"{len(indices)} of {len(part.source)} images left out, others took their place:")
+            for index in indices.tolist():
+                try:
+                    print(f"  {part.source[index]['file_name']}: could not be read at first")
+                except BadInput as error:
+                    print(f"  {error}")
 
 
 class Evaluation(torch.utils.data.Dataset):
@@ -765,9 +785,10 @@ positive, natural, amount, fraction = number(int, 1), number(int, 0, 2**32 - 1),
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the flags that mean the same in every script."""
 
-    def __init__(self, doc, out, data=None, network=True):
+    def __init__(self, doc, out, data=None, network=True, mix=False):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--data", default=data, help=f"'shapes' or a folder in COCO layout (default: {data or 'that of --ckpt, else data/coco'})")
+        self.add_argument("--data", default=data, nargs="+" if mix else None,
+                          help=f"'shapes' or a folder in COCO layout{', or several to mix in training' * mix} (default: {data or 'that of --ckpt, else data/coco'})")
         self.add_argument("--background", choices=["segment", "void"], help="instances layout: what pixels of no instance are (default: one segment)")
         self.add_argument("--size", type=positive, help="side of the square that the network sees, in pixels")
         self.add_argument("--seed", type=natural, default=0, help="seed of everything random (default %(default)s)")

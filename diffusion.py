@@ -341,7 +341,7 @@ def untrained(kind, size=0):
     """A model of --model `kind` with random weights, to time (sample.py --bench). size: side of its input, 0 for the usual one."""
     stage1 = {k: ae.MODELS[kind][k] for k in ("num_ids", "factor", "width")}
     args = argparse.Namespace(model=kind, sd="none", size=size or ae.MODELS[kind]["size"], channels=48, prediction=None, latent_scale=SD_SCALE)
-    return new_model(args, ae.Autoencoder(**stage1), None, dict(size=args.size, min_area=ae.min_area(args.size), self_cond=True, crop=0)).eval()
+    return new_model(args, ae.Autoencoder(**stage1), None, dict(size=args.size, min_area=ae.min_area(args.size), self_cond=True, crop=0, connected=False)).eval()
 
 
 def image_noise(seed, keys, shape, device):
@@ -376,7 +376,8 @@ def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=No
 def predict(model, images, keys, steps=50, seed=0, renoise=False):
     """Images as in `sample_logits` -> for each its ids (H x W, int32) and their certainty (H x W), as `ae.argmax` gives them."""
     logits, _ = sample_logits(model, images, keys, steps, seed, renoise)
-    return [ae.argmax(l, *image.shape[:2]) for l, image in zip(logits, images)]
+    found = [ae.argmax(l, *image.shape[:2]) for l, image in zip(logits, images)]
+    return [(ae.connected(ids), certainty) for ids, certainty in found] if model.settings["connected"] else found
 
 
 @torch.no_grad()
@@ -434,9 +435,10 @@ def load_ldm(path):
             image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
         return LDM(ae.from_settings(s["autoencoder"]), image_encoder, build_unet(s["unet"]), s, classifier)
-    s.setdefault("crop", 0)
+    for name, value in ("crop", 0), ("connected", False):                  # checkpoints from before there were these
+        s.setdefault(name, value)
     with ae.fitting(path):
-        for name, kind in {"size": int, "crop": int, "min_area": int, "latent_scale": float, "self_cond": bool, "model": str, "seed": int,
+        for name, kind in {"size": int, "crop": int, "min_area": int, "latent_scale": float, "self_cond": bool, "connected": bool, "model": str, "seed": int,
                            "data": str, "train_split": str, "val_split": str, "background": str}.items():
             if type(s[name]) is not kind or kind in (int, float) and not 0 <= s[name] < 1e6 or name in ("size", "latent_scale") and not s[name]:
                 raise BadInput(f"{path}: its setting {name} is {s[name]!r}, no {kind.__name__} in range")
@@ -496,7 +498,7 @@ def class_table(result):
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 2."""
-    parser = data.Parser(__doc__, out="checkpoints")
+    parser = data.Parser(__doc__, out="checkpoints", mix=True)
     ae.training_flags(parser, MODELS)
     add = parser.add_argument
     add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
@@ -511,6 +513,8 @@ def main(argv=None):
     add("--clip", type=data.amount, help="largest gradient norm (default 1)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
     add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
+    add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
+        "segments of their own (default: as in --ckpt, else not)")
     add("--classes", choices=["with", "only"], help="also train the classifier of Table 2: with the UNet, or only it, the rest of --ckpt frozen")
     add("--resnet", default="imagenet", metavar="FILE", help="a new classifier of --model sd: its ResNet-50's weights, 'imagenet' downloads "
         "them, 'none' is random (default %(default)s)")
@@ -541,13 +545,14 @@ def main(argv=None):
     args.size, args.crop = args.size or seen["size"], seen.get("crop", 0) if args.crop is None else args.crop
     if args.size % (4 * autoencoder.factor):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor} for this autoencoder")
-    source = lambda split: data.open_data(args.data, split, args.size, args.seed, args.background)
-    train_set = data.Training(source(args.train_split), args.size, autoencoder.num_ids, args.seed, min_area=args.min_segment,
-                              classes=bool(args.classes), crop=args.crop, turns=args.turns, jitter=args.jitter)
-    val_set = data.Evaluation(source(args.val_split), args.eval_images, args.crop)
+    if args.classes and len(args.train_sets[0]) > 1:
+        raise BadInput("--classes: categories are those of one set; give one to --data")
+    train_set = data.open_training(*args.train_sets, args.size, autoencoder.num_ids, args.seed, args.background, min_area=args.min_segment,
+                                   classes=bool(args.classes), crop=args.crop, turns=args.turns, jitter=args.jitter)
+    val_set = data.Evaluation(data.open_data(args.data, args.val_split, args.size, args.seed, args.background), args.eval_images, args.crop)
 
     # the model
-    about = dict(size=args.size, crop=args.crop, min_area=ae.min_area(args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
+    about = dict(size=args.size, crop=args.crop, connected=bool(args.connected), min_area=ae.min_area(args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
                  background=args.background, seed=args.seed, self_cond=args.self_cond > 0)
     if start_from:
         model = start_from
@@ -559,7 +564,7 @@ def main(argv=None):
         model.settings.update(about)
     else:
         model = new_model(args, autoencoder, train_set, about)
-    categories = data.categories_of(train_set.source)
+    categories = args.classes and data.categories_of(train_set.source)
     if args.classes and not categories:
         raise BadInput(f"--classes: {args.data} lists no categories")
     if args.classes and model.settings.get("categories") != categories:
@@ -612,7 +617,7 @@ def main(argv=None):
     if is_main():
         size_of = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters"
         print(f"stage 2: UNet {size_of(model.unet)}{' (frozen)' * (args.classes == 'only')}, "
-              f"{f'classifier {size_of(model.classifier)}, ' if args.classes else ''}autoencoder {size_of(model.autoencoder)}, {args.data}, {args.size} px, "
+              f"{f'classifier {size_of(model.classifier)}, ' if args.classes else ''}autoencoder {size_of(model.autoencoder)}, {' + '.join(args.train_sets[0])}, {args.size} px, "
               f"latent scale {model.scale:.4f}, batch {args.batch_size} on {world} x {device.type}, {precision}, iterations {start}..{args.iters}")
         ae.log(out / "log.jsonl", stage="ldm", start=start, seed=args.seed)
     per_process = args.batch_size // world
@@ -715,7 +720,7 @@ def main(argv=None):
         if args.export:
             ae.save(args.export, checkpoint(torch.float16))
             print(f"wrote {args.export} ({Path(args.export).stat().st_size / 1e6:.1f} MB)")
-    data.say_left_out(train_set, ae.reduce_sum(train_set.broken.double(), device))
+    data.say_left_out(train_set, lambda value: ae.reduce_sum(value, device))
     stop.leave(out / "ldm_state.pt", args.iters)
 
 

@@ -56,16 +56,21 @@ def tile_corners(height, width, side, overlap):
 
 def stitch(tiles, corners, shape, shared=0):
     """Join what was sampled tile by tile: every pixel is taken from the tile in whose middle it lies most, and the segments of
-    two tiles are one where IoU > 0.5 in the part that both tiles see.
+    two tiles become one where IoU > 0.5 in the part that both tiles see, the surest first, unless that would make two segments
+    of one tile the same.
 
     tiles: of each its ids (side x side) and their certainty; corners: (top, left) of each; shape: H, W of the whole. Ids up to
     `shared` mean the same in every tile, all others are a tile's own. Returns ids (H x W, int32) and their certainty."""
-    side, ids, count = len(tiles[0][0]), [], shared
-    for tile, _ in tiles:                                                  # make ids distinct over all tiles
+    side, ids, count, pairs = len(tiles[0][0]), [], shared, []
+    seen_in = [set() for _ in range(shared + 1)]                           # id -> the tiles that have what it was joined with
+    for n, (tile, _) in enumerate(tiles):                                  # make ids distinct over all tiles
         known, place = np.unique(tile, return_inverse=True)
         own = known > shared
         ids.append(np.where(own, count + own.cumsum(), known)[place.reshape(tile.shape)])
         count += own.sum()
+        seen_in += [{n} for _ in range(own.sum())]
+        for i in known[~own]:
+            seen_in[i].add(n)
     joined = np.arange(count + 1)                                          # id -> what it was joined with
 
     def root(i):
@@ -79,10 +84,13 @@ def stitch(tiles, corners, shape, shared=0):
             b = ids[m][max(top - top2, 0):side + min(top - top2, 0), max(left - left2, 0):side + min(left - left2, 0)]
             (of_a, a), (of_b, b) = (np.unique(x, return_inverse=True) for x in (a, b))
             inter = np.bincount(a.ravel() * len(of_b) + b.ravel(), minlength=len(of_a) * len(of_b)).reshape(len(of_a), -1)
-            for i, k in np.argwhere(2 * inter > inter.sum(1)[:, None] + inter.sum(0)[None] - inter):
-                low, high = sorted((root(of_a[i]), root(of_b[k])))
-                if low and high > shared:
-                    joined[high] = low
+            iou = inter / (inter.sum(1)[:, None] + inter.sum(0)[None] - inter)
+            pairs += [(-iou[i, k], of_a[i], of_b[k]) for i, k in np.argwhere(iou > 0.5)]
+    for _, i, k in sorted(pairs):
+        low, high = sorted((root(i), root(k)))
+        if low and high > shared and not seen_in[low] & seen_in[high]:
+            joined[high] = low
+            seen_in[low] |= seen_in[high]
     whole, certainty, nearest = np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.full(shape, np.inf)
     reach = np.abs(np.arange(side) - (side - 1) / 2)
     reach = np.maximum(reach[:, None], reach)                              # distance from the tile's middle
@@ -309,6 +317,8 @@ def sampling_flags(parser, renoise):
     add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
         help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
     add("--crop", type=data.natural, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
+    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a sampled segment that do not touch segments of their own "
+        "(default: as the checkpoint says)")
     add("--overlap", type=data.number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)
@@ -321,8 +331,8 @@ def open_model(args, device):
     if args.size and args.size % (4 * f):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * f} for this model")
     settings["size"] = args.size or settings["size"]
-    settings["crop"] = settings["crop"] if args.crop is None else args.crop
-    settings["min_area"] = settings["min_area"] if args.min_area is None else args.min_area
+    for name in ("crop", "connected", "min_area"):
+        settings[name] = settings[name] if getattr(args, name) is None else getattr(args, name)
     return model
 
 

@@ -1312,6 +1312,51 @@ def test_a_model_of_crops_segments_pictures_of_any_size_in_tiles(tmp_path, train
     assert done.shape == given.shape and np.array_equal(done[given > 0], given[given > 0])
 
 
+def test_connected_equals_flooding():
+    def flood(ids):
+        parts, todo = np.zeros(ids.shape, int), set(zip(*np.nonzero(ids)))
+        while todo:
+            front, number = [todo.pop()], parts.max() + 1
+            while front:
+                y, x = front.pop()
+                parts[y, x] = number
+                for place in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                    if place in todo and ids[place] == ids[y, x]:
+                        todo.remove(place)
+                        front.append(place)
+        return parts
+    for n, shape in enumerate([(40, 50), (64, 64), (1, 9), (9, 1), (1, 1)]):
+        ids = np.random.default_rng(n).integers(0, 3, shape)
+        parts, found = flood(ids), ae.connected(ids)
+        assert len(set(zip(parts.ravel(), found.ravel()))) == len(np.unique(parts)) == len(np.unique(found))
+        assert found.dtype == np.int32 and np.array_equal(found == 0, ids == 0) and found.max() == parts.max()
+
+
+def test_sets_are_mixed_in_turns_and_named(tmp_path, capsys):
+    write_instances(tmp_path)
+    both = data.open_training(["shapes", str(tmp_path)], ["train2017", "val2017"], 16, 8, seed=2, min_area=0)
+    apart = [data.open_training([name], [split], 16, 8, seed=2, min_area=0) for name, split in (("shapes", "train2017"), (str(tmp_path), "val2017"))]
+    for n in range(8):
+        assert all(torch.equal(a, b) for a, b in zip(both[n], apart[n % 2][n // 2]))
+    flags = TINY_AE + ["--data", "shapes", str(tmp_path), "--iters", "2", "--out", str(tmp_path / "o")]
+    ae.main(flags + ["--train_split", "train2017", "val2017"])
+    assert f"shapes + {tmp_path}" in capsys.readouterr().out
+    assert ae.load_autoencoder(tmp_path / "o" / "ae.pt").trained_with["data"] == "shapes"
+    diffusion.main([f for f in TINY_LDM if f not in ("--data", "shapes")] + ["--data", str(tmp_path), "shapes", "--train_split", "val2017", "--val_split",
+                   "val2017", "--iters", "1", "--connected", "--out", str(tmp_path / "o")])
+    model = sample.load(tmp_path / "o" / "ldm.pt")
+    assert model.settings["data"] == str(tmp_path) and model.settings["connected"] is True
+    image = [data.Shapes("v", 32)[0]["image"]]
+    parts, _ = diffusion.predict(model, image, ["a"], 1)[0]
+    model.settings["connected"] = False
+    whole, _ = diffusion.predict(model, image, ["a"], 1)[0]
+    assert np.array_equal(parts, ae.connected(whole))
+    for bad in (["--train_split", "a", "b", "c"], ["--train_split", "train2017", "val2017", "--data", "shapes"]):
+        with pytest.raises(SystemExit) as stop:
+            ae.main(flags + bad)
+        assert stop.value.code == 2 and "--train_split" in capsys.readouterr().err
+
+
 def test_instances_count_alone_where_the_rest_is_one_background():
     truth = np.ones((10, 10), np.int32)
     truth[:4, :4], truth[6:, 6:] = 2, 3
