@@ -591,7 +591,7 @@ class Training(torch.utils.data.Dataset):
     """Sample n of an endless training stream (paper 4.1): square resize, horizontal flip, random distinct ids.
 
     Not in the paper, and off by default: crop, a random square of so many pixels in place of the whole picture; turns by
-    quarters; jitter of brightness and contrast.
+    quarters; jitter of brightness and contrast. With `latents` set, images are image latents (c x h x w, float16).
 
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
     draws the same one, which makes runs reproducible over workers and resumable in mid-epoch. In place of an image that
@@ -602,42 +602,54 @@ class Training(torch.utils.data.Dataset):
 
     def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False, images=True, crop=0, turns=False, jitter=0.0):
         self.crop, self.turns, self.jitter = crop, turns, jitter
+        self.latents = None                                                # the file of diffusion.cache_latents
         self.source, self.size, self.num_ids, self.seed, self.images = source, size, num_ids, seed, images
         self.flip, self.min_area, self.epoch = flip, min_area, None
         self.classes = {c["id"]: i for i, c in enumerate(source.categories)} if classes else None
         self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()               # shared with the workers, which fill it
 
     def _sample(self, index, n):
-        """Item `index` of the source, or what takes its place. Raises BadInput if nothing in it can be read."""
-        side = 0 if not self.images else None if self.crop else self.size
+        """Item `index` of the source, or what takes its place, after its own index. Raises BadInput if nothing can be read."""
+        side = 0 if not self.images or self.latents is not None else None if self.crop else self.size
+
+        def read(i):
+            """Item i; one that has no latents is broken."""
+            if self.latents is not None and self.broken[i]:
+                raise BadInput(f"{self.source.images_dir / json.loads(self.source.items[i])[0]['file_name']}: can't be read")
+            return i, self.source.sample(i, side)
         try:
-            return self.source.sample(index, side)
+            return read(index)
         except BadInput as error:
             first, self.broken[index] = error, True
         for other in np.random.default_rng((self.seed, 5, n)).permutation(len(self.source)).tolist():
             try:
-                sample = self.source.sample(other, side)
+                found = read(other)
             except BadInput:
                 self.broken[other] = True
             else:
                 say_once(f"note: {first}; another image takes its place")
-                return sample
+                return found
         raise BadInput(f"{first}; nor can any other of the {len(self.source)} images be used")
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.source))
         if epoch != self.epoch:  # every epoch has its own order
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
-        sample = self._sample(n if self.source.endless else int(self.order[position]), n)
+        index, sample = self._sample(n if self.source.endless else int(self.order[position]), n)
         rng = np.random.default_rng((self.seed, 2, n))
         if self.crop:
             sample = crop_sample(sample, self.crop, rng)
         new_id = {}
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area, new_id)
         ids = torch.from_numpy(resize_ids(ids, self.size, self.size))
-        image = to_tensor(resize_image(sample["image"], self.size)) if self.images else torch.empty(0, 0, dtype=torch.uint8)
-        if self.flip and rng.random() < 0.5:
+        image = torch.empty(0, 0, dtype=torch.uint8)
+        if self.images and self.latents is None:
+            image = to_tensor(resize_image(sample["image"], self.size))
+        flipped = self.flip and rng.random() < 0.5
+        if flipped:
             image, ids = image.flip(-1), ids.flip(-1)
+        if self.latents is not None:                                       # an encoder's latents of a flipped image are no flipped latents
+            image = torch.from_numpy(memory_map(self.latents)[int(flipped), index])
         if self.turns:
             quarters = int(rng.integers(4))
             image, ids = image.rot90(quarters, (-2, -1)), ids.rot90(quarters, (-2, -1))
@@ -650,6 +662,28 @@ class Training(torch.utils.data.Dataset):
             classes[new_id.get(s["id"], 0)] = self.classes.get(s.get("category_id"), -1)
         classes[0] = -1                                                    # void, crowd
         return image, ids, classes
+
+
+@functools.cache
+def memory_map(path):
+    """The array in an .npy file, read from the disk as it is used."""
+    return np.load(path, mmap_mode="c")                                    # "c": copied on a write, which PyTorch wants to be possible
+
+
+class Images(torch.utils.data.Dataset):
+    """Only the images of a source, for `indices`: index and image at the network's size (3 x size x size, uint8), None if it is broken."""
+
+    def __init__(self, source, size, indices):
+        self.source, self.size, self.indices = source, size, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, k):
+        try:
+            return self.indices[k], to_tensor(self.source.sample(self.indices[k], self.size)["image"])
+        except BadInput:
+            return self.indices[k], None
 
 
 class Mixed(torch.utils.data.Dataset):

@@ -20,16 +20,17 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.models.segmentation.deeplabv3 import ASPP
 from tqdm import tqdm
 
 import ae
@@ -191,6 +192,8 @@ class Classifier(nn.Module):
 
     def __init__(self, categories, model):
         super().__init__()
+        import torchvision                                                 # here, since it takes longer to import than all else
+        from torchvision.models.segmentation.deeplabv3 import ASPP
         self.categories = categories
         if model == "sd":
             resnet = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])
@@ -205,8 +208,8 @@ class Classifier(nn.Module):
 
     def logits(self, images):
         """Images (B x 3 x H x W, uint8) -> class logits (B x C x H/8 x W/8; small: H/4 x W/4)."""
-        x = torchvision.transforms.functional.normalize(images / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        return self.head(self.backbone(x))
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return self.head(self.backbone((images / 255 - mean) / std))       # as torchvision normalises
 
     def forward(self, images, ids, classes):
         """Cross-entropy of the segments' mean logits: mean over an image's segments, then over images, so that pieces add up.
@@ -256,8 +259,8 @@ class LDM(nn.Module):
         return self.autoencoder.decode(z / self.scale)
 
     def encode_image(self, images):
-        """Images (B x 3 x H x W, uint8) -> image_latent (B x c x h x w)."""
-        return self.image_encoder(images.float() / 127.5 - 1)
+        """Images (B x 3 x H x W, uint8) -> image_latent (B x c x h x w); latents of `--cache_latents` (float16) are it already."""
+        return images.float() if images.is_floating_point() else self.image_encoder(images.float() / 127.5 - 1)
 
     def denoise(self, zj, image_latent, self_cond, j):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
@@ -305,6 +308,7 @@ def new_classifier(args, categories):
     """The classifier that a training starts from; --model sd: ResNet-50 with weights of --resnet. Raises BadInput."""
     classifier = Classifier(categories, args.model)
     if args.model == "sd" and args.resnet != "none":
+        import torchvision
         try:
             imagenet = torchvision.models.ResNet50_Weights.DEFAULT
             state = imagenet.get_state_dict(progress=False) if args.resnet == "imagenet" else torch.load(args.resnet, "cpu", weights_only=True)
@@ -335,6 +339,55 @@ def new_model(args, autoencoder, train_set, about):
     return LDM(autoencoder, image_encoder, unet, dict(
         autoencoder=autoencoder.settings, image_encoder=image_encoder.config, unet=ae.plain(unet.config), model=args.model,
         latent_scale=scale, prediction=args.prediction or "epsilon", **about))
+
+
+def cache_latents(model, train_set, args, device, precision, rank, world):
+    """Encode every training image once, as it is and flipped, into a memory map 2 x images x c x h x w of float16; train_set reads it.
+
+    The file is named after what the latents depend on: the encoder's weights, size, precision and the images' names. A run that was
+    killed goes on where it was; what can't be read counts as broken, as without a cache. Raises BadInput."""
+    source, size, digest, folder = train_set.source, train_set.size, hashlib.sha256(), Path(args.cache_latents)
+    for part in (str(size), precision, str(source.images_dir.resolve()), *(json.loads(item)[0]["file_name"] for item in source.items)):
+        digest.update(part.encode() + b"\0")
+    for value in model.image_encoder.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    path = folder / f"image_latents_{digest.hexdigest()[:16]}.npy"
+    state_path = path.with_suffix(".state.npy")                            # of each image: 0 to do, 1 done, 2 broken
+    shape = 2, len(source), model.image_encoder.channels, *[size // model.image_encoder.factor] * 2
+    gigabytes = 2 * math.prod(shape) / 1e9
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            fine = np.load(path, mmap_mode="r").shape == shape and np.load(state_path).shape == shape[1:2]
+        except (OSError, ValueError):
+            fine = False
+        if not fine:
+            if shutil.disk_usage(folder).free < 1.02e9 * gigabytes:
+                raise BadInput(f"--cache_latents {folder}: {gigabytes:.1f} GB are needed there; free some space or name another folder")
+            np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
+            np.lib.format.open_memmap(state_path, "w+", np.uint8, shape[1:2]).flush()
+    if world > 1:
+        dist.barrier()
+    latents, state = np.load(path, mmap_mode="r+"), np.load(state_path, mmap_mode="r+")
+    images = data.Images(source, size, [i for i in range(rank, len(source), world) if not state[i]])
+    loader = torch.utils.data.DataLoader(images, args.batch_size // world // args.accum, num_workers=args.num_workers, collate_fn=list)
+    for batch in tqdm(loader, "image latents", disable=not is_main() or not len(images)):
+        fine = [(i, picture) for i, picture in batch if picture is not None]
+        if fine:
+            x = torch.stack([picture for _, picture in fine]).to(device)
+            with torch.no_grad(), ae.autocast(precision, device):
+                pair = torch.stack([model.encode_image(x), model.encode_image(x.flip(-1))])
+            latents[:, [i for i, _ in fine]] = pair.half().cpu().numpy()
+            latents.flush()                                                # before they are said to be done
+        for i, picture in batch:
+            state[i] = 2 if picture is None else 1
+    state.flush()
+    if world > 1:
+        dist.barrier()
+    if is_main():
+        print(f"image latents: {path} ({gigabytes:.2f} GB)")
+    train_set.latents = str(path)
+    train_set.broken[torch.from_numpy(np.load(state_path) == 2)] = True
 
 
 def untrained(kind, size=0):
@@ -515,6 +568,8 @@ def main(argv=None):
     add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
     add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
         "segments of their own (default: as in --ckpt, else not)")
+    add("--cache_latents", metavar="FOLDER", help="keep every training image's latents, as it is and flipped, in a file there (float16), and train "
+        "without decoding and encoding images")
     add("--classes", choices=["with", "only"], help="also train the classifier of Table 2: with the UNet, or only it, the rest of --ckpt frozen")
     add("--resnet", default="imagenet", metavar="FILE", help="a new classifier of --model sd: its ResNet-50's weights, 'imagenet' downloads "
         "them, 'none' is random (default %(default)s)")
@@ -574,6 +629,12 @@ def main(argv=None):
     model.unet.requires_grad_(args.classes != "only")
     if model.settings["model"] == "sd":
         model.unet.time_embedding.requires_grad_(False)                    # frozen, as in the authors' release
+    if args.cache_latents:
+        for name, wrong in {"data shapes": args.data == "shapes", "data with several sets": len(args.train_sets[0]) > 1, "crop": args.crop,
+                            "turns": args.turns, "jitter": args.jitter, "classes": args.classes}.items():
+            if wrong:
+                raise BadInput(f"--cache_latents: not with --{name}, which needs the images themselves")
+        cache_latents(model.to(device), train_set, args, device, precision, rank, world)
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     model = model.to(device, memory_format=torch.channels_last).train()

@@ -1357,6 +1357,48 @@ def test_sets_are_mixed_in_turns_and_named(tmp_path, capsys):
         assert stop.value.code == 2 and "--train_split" in capsys.readouterr().err
 
 
+def test_cached_latents_train_as_the_images_do(tmp_path, trained, capsys):
+    break_panoptic(tmp_path)
+    flags = [f for f in TINY_LDM if f not in ("--data", "shapes")] + ["--data", str(tmp_path), "--train_split", "val2017", "--val_split", "val2017",
+                                                                     "--ae", str(trained / "ae.pt"), "--iters", "3", "--min_segment", "0", "--eval_images", "8"]
+    cache = ["--cache_latents", str(tmp_path / "cache")]
+    diffusion.main(flags + ["--out", str(tmp_path / "plain")])
+    capsys.readouterr()
+    diffusion.main(flags + cache + ["--out", str(tmp_path / "cached")])
+    assert "5 of 8 images left out, others" in capsys.readouterr().out
+    plain, cached = ([e["loss"] for e in ae.read_log(tmp_path / d / "log.jsonl", "ldm") if "loss" in e] for d in ("plain", "cached"))
+    assert cached == pytest.approx(plain, rel=1e-3) and len(plain) == 3      # the rounding to half precision; another image would show
+    file, state = sorted((tmp_path / "cache").glob("*.npy"), key=lambda p: "state" in p.name)
+    assert np.load(state).tolist() == [2] * 5 + [1] * 3
+    good = np.load(file)
+    source = data.open_data(str(tmp_path), "val2017")
+    image = data.to_tensor(data.resize_image(source[6]["image"], 32))[None]
+    model = sample.load(tmp_path / "cached" / "ldm.pt")
+    for k, x in enumerate((image, image.flip(-1))):
+        assert torch.equal(torch.from_numpy(good[k, 6]), model.encode_image(x)[0].half())
+    # killed on the way: what was not done is done, what was done stays
+    half_done = np.load(file, mmap_mode="r+")
+    half_done[:, 5] = 7
+    half_done[:, 7] = 7
+    marks = np.load(state, mmap_mode="r+")
+    marks[7] = 0
+    half_done.flush(), marks.flush()
+    data.memory_map.cache_clear()
+    diffusion.main(flags + cache + ["--out", str(tmp_path / "again"), "--num_workers", "1"])
+    assert np.array_equal(np.load(file)[:, 7], good[:, 7]) and (np.load(file)[:, 5] == 7).all() and np.load(state)[7] == 1
+    # a file that was cut short, or another size: made anew
+    file.write_bytes(file.read_bytes()[:1000])
+    data.memory_map.cache_clear()
+    diffusion.main(flags + cache + ["--out", str(tmp_path / "again")])
+    assert np.array_equal(np.load(file), good)
+    diffusion.main(flags + cache + ["--out", str(tmp_path / "again"), "--size", "48"])
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    for bad in (["--crop", "16"], ["--turns"], ["--jitter", "0.1"], ["--classes", "with"], ["--data", "shapes"]):
+        with pytest.raises(SystemExit) as stop:
+            diffusion.main(flags + cache + bad)
+        assert stop.value.code == 2 and "--cache_latents" in capsys.readouterr().err
+
+
 def test_instances_count_alone_where_the_rest_is_one_background():
     truth = np.ones((10, 10), np.int32)
     truth[:4, :4], truth[6:, 6:] = 2, 3
