@@ -8,6 +8,7 @@
     python ae.py --encoding bits rgb onehot positional    # each trained alike, and a table (section 3.1)
     python ae.py --kl 0 1e-6 1e-5 1e-4 1e-3               # the same over the weight of a KL term, and a plot (Fig. 9, middle)
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
+    python ae.py --bench                                  # time a step beside its straightforward form, and how it grows
     python ae.py --ckpt checkpoints/ae.pt --drop_input    # teach its encoder to read partial maps, for inpaint.py --ae (3.3)
 
 Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor, y_hat = D(z) logits.
@@ -18,6 +19,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -747,6 +749,150 @@ def min_area(size):
     return round(512 * (size / 512) ** 2)
 
 
+# ------------------------------------------------------------------------------------------------- speed
+
+
+class Meter:
+    """Memory and time of the steps that a bench tries. Peaks of the CPU are the process's, so that they can only grow."""
+
+    def __init__(self, device, limit=600):
+        self.device, self.limit = device, limit
+
+    def gigabytes(self):
+        """Most memory in use so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 1e9
+        import resource                                                    # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+    def free(self):
+        """Gigabytes that are left, where the system says so."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info()[0] / 1e9
+        try:
+            return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6
+        except (OSError, TypeError):
+            return math.inf
+
+    @staticmethod
+    def tflop(step):
+        """Floating point operations of a step's products, in units of 1e12."""
+        from torch.utils.flop_counter import FlopCounterMode
+        with FlopCounterMode(display=False) as counter:
+            step()
+        return counter.get_total_flops() / 1e12
+
+    def matmul_rate(self, precision):
+        """TFLOP/s of a large matrix product in this precision."""
+        n = 8192 if self.device.type == "cuda" else 2048
+        a = torch.randn(n, n, device=self.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+        return 2 * n ** 3 / data.side_by_side({"matmul": lambda: a @ a}, 5, self.device)["matmul"] / 1e12
+
+    def growth(self, what, cases, step):
+        """Time step(case) for growing cases: {name: (relative size, case)}. Leaves out, by name, what memory or time won't allow."""
+        results, before, last = {}, self.gigabytes(), None
+        for name, (size, case) in cases.items():
+            need, seconds = (last[1] * size / last[0], 3 * last[2] * size / last[0]) if last else (0, 0)
+            if need > 0.9 * self.free() or seconds > self.limit:
+                print(f"{what} {name}: left out, it would take some {need:.0f} GB and {seconds:.0f} s")
+                break
+            try:
+                took = data.side_by_side({name: lambda: step(case)}, 1, self.device)[name]
+            except torch.OutOfMemoryError:
+                print(f"{what} {name}: left out, out of memory")
+                break
+            results[str(name)] = {"seconds": took, "gigabytes": self.gigabytes()}
+            last = size, max(self.gigabytes() - before, 0.1), took
+            print(f"{what} {name:>6}: {took:9.3f} s  {took / size:9.4f} s each  {self.gigabytes():7.2f} GB at most so far", flush=True)
+        return results
+
+
+def segments_map(batch, size, count, device):
+    """A made-up batch of id maps: `count` segments, each pixel of the nearest of as many random points (B x size x size, uint8)."""
+    rng, pixels = np.random.default_rng(0), np.indices((size, size)).reshape(2, 1, -1)
+    maps = [((pixels - rng.integers(0, size, (2, count, 1))) ** 2).sum(0).argmin(0).reshape(size, size) + 1 for _ in range(batch)]
+    return torch.from_numpy(np.stack(maps).astype(np.uint8)).to(device)
+
+
+def bench(args, device, precision):
+    """A step of stage 1 beside its straightforward form, with random weights and made-up maps; how it grows. Returns the figures."""
+    class PlainNorm(nn.Module):
+        """The channels' LayerNorm, written out over B x C x H x W."""
+
+        def __init__(self, norm):
+            super().__init__()
+            self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+        def forward(self, x):
+            """B x C x H x W -> B x C x H x W."""
+            mean = x.mean(1, keepdim=True)
+            x = (x - mean) / ((x - mean).square().mean(1, keepdim=True) + self.eps).sqrt()
+            return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+    def plain_losses(logits, ids, count):
+        """Both losses with a mask of full size for every segment, sampled one after the other."""
+        image_of, id_of = segments_of(ids, logits.shape[1])
+        ce_points, mask_points = draw_points(logits, ids, count)
+        labels = sample_at(ids[:, None].float(), ce_points, "nearest")[:, 0].long()
+        ce = F.cross_entropy(sample_at(logits, ce_points), labels, ignore_index=0)
+        masks, parts = torch.stack([ids[i] == k for i, k in zip(image_of.tolist(), id_of.tolist())]).float(), []
+        for n, (i, k) in enumerate(zip(image_of.tolist(), id_of.tolist())):
+            own, mask = (sample_at(m[None, None], mask_points[n:n + 1])[0, 0] for m in (logits[i, k], masks[n]))
+            p = own.sigmoid()
+            parts.append(F.binary_cross_entropy_with_logits(own, mask) + 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1))
+        return ce + torch.stack(parts).mean()
+
+    def losses(logits, ids, count):
+        """Both losses as the training computes them."""
+        ce, n_ce, mask, n_mask = segmentation_losses(logits, ids, *draw_points(logits, ids, count))
+        return ce / n_ce + mask / n_mask
+
+    torch.manual_seed(0)
+    meter, size = Meter(device), args.size
+    batch = args.batch_size if device.type == "cuda" or args.model == "small" else 1
+    points = lambda size: max(256, round(12544 * (size / 512) ** 2))
+    model = Autoencoder(args.num_ids, args.encoding or "bits", args.factor, args.width).to(device, memory_format=torch.channels_last)
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    for parent in list(plain.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, ChannelNorm):
+                setattr(parent, name, PlainNorm(child))
+
+    def step(model, loss, ids):
+        """Forward, loss, backward; the loss."""
+        torch.manual_seed(1)
+        with autocast(precision, device):
+            no_noise = torch.zeros(len(ids), model.settings["latent_channels"], *[ids.shape[-1] // model.factor] * 2, device=device)
+            value = loss(model(ids, no_noise)[0], ids, points(ids.shape[-1]))
+        value.backward()
+        model.zero_grad()
+        return value.detach()
+    ids, names = segments_map(batch, size, min(30, args.num_ids - 1), device), ("as trained", "straightforward")
+    start, values, peaks = meter.gigabytes(), [], []
+    for net, loss in ((model, losses), (plain, plain_losses)):             # the smaller first: peaks only grow
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        values.append(step(net, loss, ids).item())
+        peaks.append(meter.gigabytes() - start * (device.type != "cuda"))
+    seconds = data.side_by_side({names[0]: lambda: step(model, losses, ids), names[1]: lambda: step(plain, plain_losses, ids)}, 5, device)
+    rate = meter.matmul_rate(precision)
+    reached = meter.tflop(lambda: step(model, losses, ids)) / seconds[names[0]]
+    print(f"--model {args.model}, untrained: {size} px, N = {args.num_ids}, batch {batch}, {device.type}, {precision}; forward, losses and backward")
+    for name, value, peak in zip(names, values, peaks):
+        print(f"{name:>16}: {seconds[name]:8.3f} s  {batch / seconds[name]:8.2f} images/s  {peak:6.2f} GB  loss {value:.5f}")
+    print(f"as trained / straightforward: time {seconds[names[0]] / seconds[names[1]]:.2f}, memory {peaks[0] / max(peaks[1], 1e-9):.2f}")
+    print(f"{reached:.3f} TFLOP/s, {100 * reached / rate:.0f}% of a matrix product's {rate:.3f}")
+    figures = {"seconds": seconds, "loss": dict(zip(names, values)), "gigabytes": dict(zip(names, peaks)), "tflops": reached, "matmul_tflops": rate}
+    del plain
+    forward = lambda ids: step(model, losses, ids)
+    one = segments_map(1, size, min(30, args.num_ids - 1), device)
+    figures["by_segments"] = meter.growth("segments", {k: (1, segments_map(1, size, k, device)) for k in (5, 15, 30, 60, 120) if k < args.num_ids}, forward)
+    figures["by_batch"] = meter.growth("batch", {b: (b, one.expand(b, -1, -1)) for b in (1, 2, 4, 8, 16, 32, 64)}, forward)
+    figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, segments_map(1, s, min(30, args.num_ids - 1), device))
+                                               for s in (size // 2, size, 2 * size)}, forward)
+    return figures
+
+
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 1."""
@@ -762,10 +908,15 @@ def main(argv=None):
     parser.add_argument("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
     parser.add_argument("--drop_input", action="store_true", help="train only the encoder of --ckpt: a partially dropped map should get the "
                         "latents of the full one (decoder and diffusion model stay as they are)")
+    parser.add_argument("--bench", action="store_true", help="only time a step, with random weights and made-up maps")
     parser.add_argument("--kl", type=data.amount, nargs="+", default=0.0, help="weight of a KL term; several are compared (default %(default)s)")
     args = parse(parser, MODELS, argv, "ae")
     if compare(main, argv, args, ("arch", "encoding", "kl")):
         return
+    if args.bench:
+        device, *_ = setup(args)
+        figures = bench(args, device, pick_precision(args.precision, device))
+        return args.json and data.write_json(args.json, figures)
     args.accum, args.encoding, args.arch, args.crop = args.accum or 1, args.encoding or "bits", args.arch or "shallow", args.crop or 0
     if args.drop_input and not args.ckpt:
         raise BadInput("--drop_input: teaches the encoder of a trained autoencoder; give it with --ckpt")

@@ -946,14 +946,22 @@ def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):
     sheet.save(path)
 
 
-def side_by_side(functions, rounds=15):
-    """Time functions in turn, so that all see the machine in the same state: {name: function} -> {name: median CPU seconds}."""
+def side_by_side(functions, rounds=15, device=None):
+    """Time functions in turn, so that all see the machine in the same state: {name: function} -> {name: median seconds}.
+
+    CPU seconds of this process; with a device those on the clock, until the device is done."""
+    def now():
+        if device is None:
+            return time.process_time()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            began = time.process_time()
+            began = now()
             function()
-            times[name].append(time.process_time() - began)
+            times[name].append(now() - began)
     return {name: float(np.median(t[1:])) for name, t in times.items()}    # the first is the warm-up
 
 

@@ -19,6 +19,7 @@ ldm_state.pt (to --resume from), log.jsonl, ldm.png, ldm_loss.png.
 import argparse
 import collections
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -538,6 +539,82 @@ def evaluate(model, dataset, predict, device, batch_size=16, rank=0, world=1, nu
     return result, rows
 
 
+def bench(args, device, precision):
+    """A step of stage 2 beside the UNet alone, with random weights and input; what its parts cost; how it grows. Returns the figures."""
+    torch.manual_seed(0)
+    model, meter = untrained(args.model, args.size).to(device, memory_format=torch.channels_last).train(), ae.Meter(device)
+    size, f = model.settings["size"], model.autoencoder.factor
+    batch = min(args.batch_size, 32) if device.type == "cuda" or args.model == "small" else 1      # 32: the authors' share of a GPU
+    if args.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    weights = [p for p in model.unet.parameters() if p.requires_grad]
+    optimizer, weigh = torch.optim.AdamW(weights, lr=1e-6, fused=True), model.ddim.loss_weights("none").to(device)
+
+    def made_up(batch, size):
+        """A batch as training has it, and its image latents."""
+        images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+        with torch.no_grad(), ae.autocast(precision, device):
+            latents = torch.cat([model.encode_image(x) for x in images.split(1)])
+        return images, latents.half(), ae.segments_map(1, size, min(30, model.autoencoder.num_ids - 1), device).expand(batch, -1, -1)
+
+    def step(images, ids, share, unet_only=False):
+        """A training step. share: of samples with self-conditioning; unet_only: its passes through the UNet and the optimiser alone."""
+        z = torch.randn(len(ids), 4, ids.shape[-1] // f, ids.shape[-1] // f, device=device)
+        j, first = torch.randint(0, model.ddim.T, (len(ids),), device=device), round(share * len(ids))
+        with ae.autocast(precision, device):
+            if unet_only:
+                with torch.no_grad():
+                    _ = first and model.denoise(z[:first], images[:first].float(), z[:first], j[:first])
+                torch.clear_autocast_cache()
+                loss = model.denoise(z, images.float(), z, j).square().mean()
+            else:
+                loss = model(images, ids, z, j, weigh, torch.arange(len(ids)) < first)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    images, latents, ids = made_up(batch, size)
+    share = args.self_cond[0] if isinstance(args.self_cond, list) else args.self_cond
+    cases = {"UNet alone": lambda: step(latents, ids, share, unet_only=True), "step, image latents cached": lambda: step(latents, ids, share),
+             "step, images encoded": lambda: step(images, ids, share), "self-conditioning on none": lambda: step(latents, ids, 0),
+             "self-conditioning on half": lambda: step(latents, ids, 0.5), "self-conditioning on all": lambda: step(latents, ids, 1)}
+    if batch == 1:
+        del cases["self-conditioning on half"]
+    seconds = data.side_by_side(cases, 3, device)
+    reached = meter.tflop(cases["UNet alone"]) / seconds["UNet alone"]
+    rate = meter.matmul_rate(precision)
+    print(f"--model {args.model}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
+          f"self-conditioning on {share:.0%}, gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}, {device.type}, {precision}")
+    for name, took in seconds.items():
+        print(f"{name:>26}: {took:8.3f} s  {batch / took:8.2f} images/s  {took / seconds['UNet alone']:5.2f} of the UNet alone")
+    print(f"UNet alone: {reached:.3f} TFLOP/s, {100 * reached / rate:.0f}% of a matrix product's {rate:.3f} (passes without gradient and recomputed ones "
+          f"count); {meter.gigabytes():.2f} GB at most")
+    # alternatives of one pass forward and backward
+    def pass_(unet, precision):
+        """One pass with gradient."""
+        with ae.autocast(precision, device):
+            x = torch.cat([torch.randn(batch, 4, *latents.shape[2:], device=device), latents.float(), torch.zeros(batch, 4, *latents.shape[2:], device=device)], 1)
+            unet(x, 500, encoder_hidden_states=None).sample.float().square().mean().backward()
+        unet.zero_grad()
+    other = copy.deepcopy(model.unet).to(memory_format=torch.contiguous_format)
+    compiled = copy.deepcopy(model.unet) if args.compile else None
+    variants = {"channels_last": lambda: pass_(model.unet, precision), "contiguous": lambda: pass_(other, precision)}
+    if precision == "fp32":
+        variants["channels_last, bf16"] = lambda: pass_(model.unet, "bf16")
+    if compiled:
+        compiled.compile()
+        variants["channels_last, compiled"] = lambda: pass_(compiled, precision)
+    passes = data.side_by_side(variants, 3, device)
+    for name, took in passes.items():
+        print(f"{name:>26}: {took:8.3f} s a pass forward and backward, {took / passes['channels_last']:.2f} of channels_last")
+    other = compiled = None                                                # their memory
+    figures = {"seconds": seconds, "passes": passes, "tflops": reached, "matmul_tflops": rate, "gigabytes": meter.gigabytes()}
+    grow = lambda case: step(case[1], case[2], share)
+    figures["by_batch"] = meter.growth("batch", {b: (b, made_up(b, size)) for b in (1, 2, 4, 8, 16, 32, 64)}, grow)
+    figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, made_up(1, s)) for s in (size // 2, size, 2 * size)}, grow)
+    return figures
+
+
 def percent(result):
     """The figures of `evaluate` in percent, for JSON."""
     return {k: 100 * float(v) for k, v in result.items() if k != "classes"}
@@ -574,11 +651,17 @@ def main(argv=None):
     add("--resnet", default="imagenet", metavar="FILE", help="a new classifier of --model sd: its ResNet-50's weights, 'imagenet' downloads "
         "them, 'none' is random (default %(default)s)")
     add("--export", metavar="FILE", help="at the end also write the weights in half precision")
+    add("--bench", action="store_true", help="only time a step of --model, with random weights and input")
+    add("--compile", action="store_true", help="with torch.compile (minutes at the start; needs a C++ compiler)")
     parser.set_defaults(weight_decay=None)
     args = ae.parse(parser, MODELS, argv, "ldm")
     if ae.compare(main, argv, args, ("loss_weight", "latent_scale", "self_cond"), ["--ae", str(args.ae or Path(args.out) / "ae.pt")]):
         return
     DDIM().timesteps(args.steps)
+    if args.bench:
+        device, *_ = ae.setup(args)
+        figures = bench(args, device, ae.pick_precision(args.precision, device))
+        return args.json and data.write_json(args.json, figures)
     data.require_data(args.data)
     device, rank, world = ae.setup(args)
     args.accum = args.accum or (-(-args.batch_size // (32 * world)) if args.model == "sd" else 1)   # the authors' 32 a GPU
@@ -638,6 +721,8 @@ def main(argv=None):
     if args.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     model = model.to(device, memory_format=torch.channels_last).train()
+    if args.compile:
+        model.unet.compile()
     weights = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights] if args.ema else []     # EMA
     norms = {id(p) for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)) for p in m.parameters()}

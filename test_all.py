@@ -1399,6 +1399,21 @@ def test_cached_latents_train_as_the_images_do(tmp_path, trained, capsys):
         assert stop.value.code == 2 and "--cache_latents" in capsys.readouterr().err
 
 
+def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ae.Meter, "free", lambda self: 0.1)                # growth ends where memory would not do
+    common = ["--bench", "--model", "small", "--size", "16", "--batch_size", "2", "--device", "cpu", "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)]
+    ae.main(common)
+    figures, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
+    ours, plain = (figures["loss"][k] for k in ("as trained", "straightforward"))
+    assert ours == pytest.approx(plain, rel=1e-5) and ours > 1               # both forms give the same value
+    assert figures["seconds"].keys() == figures["loss"].keys() and figures["tflops"] > 0 < figures["matmul_tflops"]
+    assert "batch 2: left out, it would take some" in printed and list(figures["by_batch"]) == ["1"]
+    diffusion.main(common + ["--self_cond", "1"])
+    figures, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
+    assert {"UNet alone", "step, image latents cached", "step, images encoded"} <= figures["seconds"].keys() and "left out" in printed
+    assert "self-conditioning on 100%" in printed and set(figures["passes"]) == {"channels_last", "contiguous", "channels_last, bf16"}
+
+
 def test_instances_count_alone_where_the_rest_is_one_background():
     truth = np.ones((10, 10), np.int32)
     truth[:4, :4], truth[6:, 6:] = 2, 3
