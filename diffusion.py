@@ -4,6 +4,8 @@
     torchrun --nproc_per_node=8 diffusion.py              # on eight GPUs; --batch_size is the global one
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 diffusion.py     # on two machines
     python diffusion.py --model small --data shapes       # built-in scenes, from scratch, no download
+    python diffusion.py --data DATA --crop 64 --turns     # train on squares of large pictures (README: your own pictures)
+    python diffusion.py --bench                           # time a step beside the UNet alone, and how it grows
     python diffusion.py --loss_weight snr linear none     # trained alike, one after the other, with a table (ablations)
     python diffusion.py --ckpt checkpoints/ldm.pt --iters 0 --export ldm.pt    # evaluate; write the weights in half precision
     python diffusion.py --ckpt checkpoints/ldm.pt --classes only --iters 20000 --out checkpoints/classes     # Table 2's classifier
@@ -707,6 +709,10 @@ def main(argv=None):
         raise BadInput(f"--classes: {args.data} lists no categories")
     if args.classes and model.settings.get("categories") != categories:
         model.settings["categories"], model.classifier = categories, new_classifier(args, categories)
+    if model.classifier and not args.classes and model.settings["categories"] != data.categories_of(val_set.source):
+        if is_main():
+            print("note: the classifier of --ckpt knows other categories than this data has: left out")
+        model.classifier, _ = None, model.settings.pop("categories")
     if model.classifier:
         model.classifier.requires_grad_(bool(args.classes))
     model.unet.requires_grad_(args.classes != "only")

@@ -62,11 +62,11 @@ def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise):
     return [(np.where(p > 0, p, ids), np.where(p > 0, np.float32(1), certainty)) for p, (ids, certainty) in zip(partial, found)]
 
 
-def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True, overlap=0.25, batch_size=16):
+def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True, votes=1, overlap=0.25, batch_size=16):
     """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0 = unknown) of any sizes -> list of H x W int32.
 
     valid: share of given pixels from which a latent cell counts as given. Given pixels keep their ids, segments that the model
-    adds get ids above them. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
+    adds get ids above them. votes: as in `sample.predict`. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
     A model that was trained on crops works in tiles, and leaves smaller ids aside in one that has more than its N - 1."""
     side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
     for image, y, key in zip(images, partial, keys):
@@ -82,7 +82,8 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     found = []
     for n in range(0, len(pieces), batch_size):
         parts, ids, names, _ = zip(*pieces[n:n + batch_size])
-        found += complete_tiles(model, parts, ids, names, steps, seed, valid, renoise)
+        draw = lambda k: complete_tiles(model, parts, ids, [f"{name} vote {k}" if k else name for name in names], steps, seed, valid, renoise)
+        found += [sample.most_agreed(samples) for samples in zip(*(draw(k) for k in range(votes)))]
     results, done = [], 0
     for y in partial:
         corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
@@ -116,7 +117,7 @@ def discs(ids, things, radius):
 
 def settings(args):
     """What the flags say, as the last parameters of `complete`."""
-    return args.steps, args.seed, args.valid, args.threshold, args.renoise, args.overlap, args.batch_size
+    return args.steps, args.seed, args.valid, args.threshold, *sample.choices(args)
 
 
 def evaluate(model, dataset, drop, block, args, baselines=True):
@@ -145,7 +146,7 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
         found = {"inpainting": complete(model, images, partial, keys, *settings(args)), "input": partial}
         seconds += time.time() - began
         if baselines:
-            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold, args.renoise, args.overlap)
+            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold, *sample.choices(args))
         for k, (s, truth) in enumerate(zip(samples, truths)):
             for name in names:
                 scores[name].update(s, found[name][k], truth, infos[k])

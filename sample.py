@@ -2,13 +2,16 @@
 
     python sample.py                                      # evaluate on the split that the checkpoint names: PQ, SQ, RQ
     python sample.py --steps 5 10 20 50                   # a table over sampling steps (paper: Fig. 9, left)
+    python sample.py --votes 4 --steps 10                 # sample four times, keep what agrees most with the rest
     python sample.py --seeds 0 1 2 3                      # several seeds side by side, and where they agree (Fig. 10)
     python sample.py --images photo.jpg                   # segment any picture, or a folder of them
+    python sample.py --ckpt assets/nuclei.pt --images tile.jpg  # shipped: nuclei under the microscope, pictures of any size
     python sample.py --images photo.jpg --trajectory      # also how the masks come into being: strip and GIF (Fig. S4)
     torchrun --nproc_per_node=8 sample.py                 # evaluate on eight GPUs
     python sample.py --bench sd --steps 10 20 50          # seconds an image of the paper's model, random weights (Table S1)
 
-Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. Here are its inputs and outputs.
+Algorithm 2 itself is `LDM.sample` in diffusion.py: training evaluates with it. Here are its inputs and outputs, and the tiles
+in which a model that was trained on crops sees larger pictures.
 With a classifier in the checkpoint (diffusion.py --classes) segments have categories, and PQ is printed with and without them.
 From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(model, Image.open("photo.jpg"))
 Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
@@ -111,47 +114,6 @@ def cut(image, side, corners):
     return [image[top:top + side, left:left + side] for top, left in corners]
 
 
-def predict(model, images, keys, steps=50, seed=0, renoise=False, overlap=0.25, batch_size=16):
-    """H x W x 3 uint8 images of any sizes -> for each its ids (H x W, int32) and their certainty (H x W, 0..1).
-
-    A model that was trained on crops sees pictures in tiles of that size; other parameters: `diffusion.sample_logits`."""
-    side = model.settings["crop"]
-    corners = [tile_corners(*image.shape[:2], side, overlap) if side else [None] for image in images]
-    tiles = [tile for image, places in zip(images, corners) for tile in (cut(image, side, places) if side else [image])]
-    names = [f"{key} at {place}" if side else key for key, places in zip(keys, corners) for place in places]
-    found = []
-    for n in range(0, len(tiles), batch_size):
-        found += diffusion.predict(model, tiles[n:n + batch_size], names[n:n + batch_size], steps, seed, renoise)
-    if not side:
-        return found
-    ends = np.cumsum([len(places) for places in corners])
-    return [stitch(found[end - len(places):end], places, image.shape[:2]) for image, places, end in zip(images, corners, ends)]
-
-
-def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False, overlap=0.25):
-    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void). Parameters: `predict`."""
-    return [ae.keep(*found, threshold, model.settings["min_area"]) for found in predict(model, images, keys, steps, seed, renoise, overlap)]
-
-
-@torch.no_grad()
-def label_batch(model, images, found, merge=True):
-    """Id maps of images (both lists, as `segment_batch` takes and gives them) -> list of id map, segments_info.
-
-    With a classifier segments have their category_id and score, and with `merge` those of one stuff category become one;
-    without one they are all objects (category 1)."""
-    if model.classifier is None:
-        return [(ids, ae.describe(ids)) for ids in found]
-    return [model.classifier.label(l, ids, merge) for l, ids in zip(diffusion.class_logits(model, images), found)]
-
-
-def segment(model, image, steps=50, seed=0, threshold=0.5, renoise=False):
-    """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format (`label_batch`).
-
-    threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
-    array = data.to_rgb(ImageOps.exif_transpose(image))
-    return label_batch(model, [array], segment_batch(model, [array], [""], steps, seed, threshold, renoise))[0]
-
-
 def agreement(maps):
     """How far several id maps (H x W) of one image agree, per pixel: H x W floats in 0..1.
 
@@ -165,6 +127,59 @@ def agreement(maps):
     return total / len(pairs)
 
 
+def most_agreed(found):
+    """Of several samples of one picture (each its ids and their certainty) the one that agrees most with the others."""
+    scores = np.zeros(len(found))
+    for a, b in itertools.combinations(range(len(found)), 2):
+        scores[[a, b]] += agreement([found[a][0], found[b][0]]).mean()
+    return found[scores.argmax()]
+
+
+def predict(model, images, keys, steps=50, seed=0, renoise=False, votes=1, overlap=0.25, batch_size=16):
+    """H x W x 3 uint8 images of any sizes -> for each its ids (H x W, int32) and their certainty (H x W, 0..1).
+
+    votes: sample so many times, and keep what agrees most with the rest. A model that was trained on crops sees pictures in tiles
+    of that size, each with votes of its own. Other parameters: `diffusion.sample_logits`."""
+    side = model.settings["crop"]
+    corners = [tile_corners(*image.shape[:2], side, overlap) if side else [None] for image in images]
+    tiles = [tile for image, places in zip(images, corners) for tile in (cut(image, side, places) if side else [image])]
+    names = [f"{key} at {place}" if side else key for key, places in zip(keys, corners) for place in places]
+    found = []
+    for n in range(0, len(tiles), batch_size):
+        draw = lambda k: diffusion.predict(model, tiles[n:n + batch_size], [f"{name} vote {k}" if k else name for name in names[n:n + batch_size]],
+                                           steps, seed, renoise)
+        found += [most_agreed(samples) for samples in zip(*(draw(k) for k in range(votes)))]
+    if not side:
+        return found
+    ends = np.cumsum([len(places) for places in corners])
+    return [stitch(found[end - len(places):end], places, image.shape[:2]) for image, places, end in zip(images, corners, ends)]
+
+
+def segment_batch(model, images, keys, steps=50, seed=0, threshold=0.5, renoise=False, votes=1, overlap=0.25, batch_size=16):
+    """Segment H x W x 3 uint8 images of any sizes: a list of id maps (H x W, int32, 0 = void). Parameters: `predict`."""
+    found = predict(model, images, keys, steps, seed, renoise, votes, overlap, batch_size)
+    return [ae.keep(*f, threshold, model.settings["min_area"]) for f in found]
+
+
+@torch.no_grad()
+def label_batch(model, images, found, merge=True):
+    """Id maps of images (both lists, as `segment_batch` takes and gives them) -> list of id map, segments_info.
+
+    With a classifier segments have their category_id and score, and with `merge` those of one stuff category become one;
+    without one they are all objects (category 1)."""
+    if model.classifier is None:
+        return [(ids, ae.describe(ids)) for ids in found]
+    return [model.classifier.label(l, ids, merge) for l, ids in zip(diffusion.class_logits(model, images), found)]
+
+
+def segment(model, image, steps=50, seed=0, threshold=0.5, renoise=False, votes=1):
+    """One PIL image -> its id map (H x W, int32, 0 = void) and segments_info in COCO panoptic format (`label_batch`).
+
+    threshold: pixels less certain than this become void; segments under model.settings["min_area"] px do too."""
+    array = data.to_rgb(ImageOps.exif_transpose(image))
+    return label_batch(model, [array], segment_batch(model, [array], [""], steps, seed, threshold, renoise, votes))[0]
+
+
 def compare_seeds(model, dataset, args, out):
     """Fig. 10: sample each image with every seed. PQ by seed, the seeds' mean agreement, and out/seeds.png.
 
@@ -174,7 +189,7 @@ def compare_seeds(model, dataset, args, out):
     side = model.settings["size"] // model.autoencoder.factor
     for samples in tqdm(data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers), unit="batch"):
         images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
-        found = {seed: segment_batch(model, images, keys, args.steps[-1], seed, args.threshold, args.renoise, args.overlap) for seed in args.seeds}
+        found = {seed: segment_batch(model, images, keys, args.steps[-1], seed, args.threshold, *choices(args)) for seed in args.seeds}
         for k, s in enumerate(samples):
             for seed in args.seeds:
                 scores[seed].update(s, found[seed][k])
@@ -285,7 +300,7 @@ def predict_files(model, files, out, args, rank, world):
         if not batch:
             continue
         pictures = [i for _, i in batch]
-        maps = predict(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, args.renoise, args.overlap, args.batch_size)
+        maps = predict(model, pictures, [f.stem for f, _ in batch], args.steps[-1], args.seed, *choices(args))
         found = [ae.keep(*m, args.threshold, model.settings["min_area"]) for m in maps]
         for (raw, _), (file, image), (ids, segments_info) in zip(maps, batch, label_batch(model, pictures, found)):
             if len(rows) < 6:
@@ -316,12 +331,18 @@ def sampling_flags(parser, renoise):
     add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
     add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
         help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
+    add("--votes", type=data.positive, default=1, metavar="K", help="sample K times, and keep what agrees most with the rest (default %(default)s)")
     add("--crop", type=data.natural, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
     add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a sampled segment that do not touch segments of their own "
         "(default: as the checkpoint says)")
     add("--overlap", type=data.number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)
+
+
+def choices(args):
+    """What the flags say, as the last parameters of `predict`."""
+    return args.renoise, args.votes, args.overlap, args.batch_size
 
 
 def open_model(args, device):
@@ -413,7 +434,7 @@ def main(argv=None):
     for steps in args.steps:
         began = time.time()
         with ae.autocast(precision, device):
-            segment = lambda images, keys: predict(model, images, keys, steps, args.seed, args.renoise, args.overlap, args.batch_size)
+            segment = lambda images, keys: predict(model, images, keys, steps, args.seed, *choices(args))
             result, rows = diffusion.evaluate(model, dataset, segment, device, args.batch_size, rank, world, args.num_workers, args.threshold)
         seconds = (time.time() - began) / len(dataset)
         results[steps] = {**diffusion.percent(result), "images": len(dataset), "seconds_per_image": seconds}

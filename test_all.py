@@ -1400,6 +1400,8 @@ def test_cached_latents_train_as_the_images_do(tmp_path, trained, capsys):
 
 
 def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch):
+    timed = data.side_by_side
+    monkeypatch.setattr(data, "side_by_side", lambda functions, rounds, device: timed(functions, 1, device))
     monkeypatch.setattr(ae.Meter, "free", lambda self: 0.1)                # growth ends where memory would not do
     common = ["--bench", "--model", "small", "--size", "16", "--batch_size", "2", "--device", "cpu", "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)]
     ae.main(common)
@@ -1412,6 +1414,17 @@ def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch
     figures, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
     assert {"UNet alone", "step, image latents cached", "step, images encoded"} <= figures["seconds"].keys() and "left out" in printed
     assert "self-conditioning on 100%" in printed and set(figures["passes"]) == {"channels_last", "contiguous", "channels_last, bf16"}
+
+
+def test_votes_keep_the_sample_that_agrees_most(trained):
+    a, b = np.ones((8, 8), np.int32), np.ones((8, 8), np.int32)
+    a[:4], b[:, :4] = 2, 2
+    found = [(ids, np.full((8, 8), k, np.float32)) for k, ids in enumerate((b, a, np.where(a == 2, 5, 6), np.eye(8, dtype=np.int32)))]
+    assert sample.most_agreed(found)[1][0, 0] == 1 and sample.most_agreed(found[:1])[1][0, 0] == 0
+    model, image = tiny_ldm(trained, min_area=0), data.Shapes("v", 32)[0]["image"]
+    once, thrice = (sample.predict(model, [image], ["a"], 2, votes=k)[0] for k in (1, 3))
+    each = [diffusion.predict(model, [image], [key], 2)[0] for key in ("a", "a vote 1", "a vote 2")]
+    assert np.array_equal(once[0], each[0][0]) and np.array_equal(thrice[0], sample.most_agreed(each)[0]) and (each[0][0] != each[1][0]).any()
 
 
 def test_instances_count_alone_where_the_rest_is_one_background():
