@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import ae
 import data
@@ -1663,6 +1663,19 @@ def test_without_a_checkpoint_the_shipped_weights_are_used(tmp_path, monkeypatch
     sample.main(["--limit", "16", "--steps", "10", "--num_workers", "0", "--out", str(tmp_path), "--json", str(tmp_path / "r.json")])
     assert "shapes.pt" in capsys.readouterr().err
     assert json.loads((tmp_path / "r.json").read_text())["pq"] > 50
+
+
+def test_the_shipped_nuclei_weights_find_nuclei_in_a_picture_of_any_size(tmp_path):
+    picture, places = Image.new("RGB", (110, 90), (12, 12, 12)), ((25, 25, 10), (70, 30, 9), (50, 65, 11), (95, 70, 8))
+    for x, y, r in places:
+        ImageDraw.Draw(picture).ellipse((x - r, y - r, x + r, y + r), fill=(150, 150, 150))
+    picture.save(tmp_path / "tile.png")
+    sample.main(["--ckpt", str(HERE / "assets" / "nuclei.pt"), "--images", str(tmp_path / "tile.png"), "--steps", "10", "--votes", "4", "--renoise",
+                 "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path)])
+    ids = data.read_id_png(tmp_path / "predictions" / "tile.png")
+    found = {ids[y, x] for x, y, _ in places}
+    assert ids.shape == (90, 110) and len(found) == 4 and not found & {0, ids[2, 2], ids[50, 75]}
+    assert all((ids[y - r // 2:y + r // 2, x - r // 2:x + r // 2] == ids[y, x]).mean() > 0.9 for x, y, r in places)
 
 
 # ------------------------------------------------------------------------- what a training on a shared machine meets
