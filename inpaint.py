@@ -69,6 +69,8 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     adds get ids above them. votes: as in `sample.predict`. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
     A model that was trained on crops works in tiles, and leaves smaller ids aside in one that has more than its N - 1."""
     side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
+    names = [np.unique(np.append(y, 0)) if y.max() >= N else None for y in partial]            # large ids are counted through: 0, 1, 2, ...
+    partial = [y if known is None else known.searchsorted(y) for y, known in zip(partial, names)]
     for image, y, key in zip(images, partial, keys):
         corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
         parts = zip(sample.cut(image, side, corners), sample.cut(y, side, corners)) if side else [(image, y)]
@@ -81,11 +83,11 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
             pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
     found = []
     for n in range(0, len(pieces), batch_size):
-        parts, ids, names, _ = zip(*pieces[n:n + batch_size])
-        draw = lambda k: complete_tiles(model, parts, ids, [f"{name} vote {k}" if k else name for name in names], steps, seed, valid, renoise)
+        parts, ids, places, _ = zip(*pieces[n:n + batch_size])
+        draw = lambda k: complete_tiles(model, parts, ids, [f"{place} vote {k}" if k else place for place in places], steps, seed, valid, renoise)
         found += [sample.most_agreed(samples) for samples in zip(*(draw(k) for k in range(votes)))]
     results, done = [], 0
-    for y in partial:
+    for y, given in zip(partial, names):
         corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
         top, tiles = int(y.max()), []
         for (ids, certainty), (*_, back) in zip(found[done:done + len(corners)], pieces[done:]):
@@ -93,8 +95,10 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
             tiles.append((table[ids], certainty))
         done += len(corners)
         ids, certainty = sample.stitch(tiles, corners, y.shape, shared=top) if side else tiles[0]
-        ids = ae.keep(ids, certainty, threshold, model.settings["min_area"])
-        results.append(np.where(y > 0, y, ids).astype(np.int32))
+        ids = np.where(y > 0, y, ae.keep(ids, certainty, threshold, model.settings["min_area"]))
+        if given is not None:
+            ids = np.append(given, given[-1] + 1 + np.arange(ids.max()))[ids]
+        results.append(ids.astype(np.int32))
     return results
 
 
@@ -135,7 +139,7 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
                           np.where(np.isin(s["ids"], [i for i in new if new[i]]), s["ids"], 0))
             infos.append([{**i, "id": new[i["id"]]} for i in s["segments_info"] if new[i["id"]]])
             if args.click:
-                given = discs(truths[-1], [i["id"] for i in infos[-1] if i["category_id"] != s.get("background_id")], args.click)
+                given = discs(truths[-1], [i["id"] for i in infos[-1] if "background_id" not in s or i["category_id"] != s["background_id"]], args.click)
             elif crop:                                                     # a block is so many pixels of what the network sees
                 scaled = [max(1, round(n * size / crop)) for n in truths[-1].shape]
                 given = data.resize_ids(drop_blocks(max(scaled), drop, block, rng)[:scaled[0], :scaled[1]], *truths[-1].shape)
@@ -198,6 +202,8 @@ def main(argv=None):
     diffusion.DDIM().timesteps(args.steps)
     if bool(args.image) != bool(args.mask):
         raise BadInput("--image and --mask belong together: give both")
+    if args.click and (args.sweep or args.image):
+        raise BadInput("--click: clicks on a held-out set; it does not go with --sweep or --image")
     device, *_ = ae.setup(args)
     model, out = sample.open_model(args, device), Path(args.out)
     if args.ae:

@@ -145,7 +145,7 @@ def predict(model, images, keys, steps=50, seed=0, renoise=False, votes=1, overl
     tiles = [tile for image, places in zip(images, corners) for tile in (cut(image, side, places) if side else [image])]
     names = [f"{key} at {place}" if side else key for key, places in zip(keys, corners) for place in places]
     found = []
-    for n in range(0, len(tiles), batch_size):
+    for n in tqdm(range(0, len(tiles), batch_size), "tiles", leave=False, disable=not is_main() or len(tiles) < 100 * len(images)):
         draw = lambda k: diffusion.predict(model, tiles[n:n + batch_size], [f"{name} vote {k}" if k else name for name in names[n:n + batch_size]],
                                            steps, seed, renoise)
         found += [most_agreed(samples) for samples in zip(*(draw(k) for k in range(votes)))]
