@@ -261,7 +261,8 @@ def argmax(logits, height, width):
 def connected(ids):
     """Make parts of a segment that do not touch (by an edge) segments of their own: H x W ids -> H x W int32, 0 = void.
 
-    For data whose segments are in one piece; not in the paper."""
+    The largest segment stays whole, since others may cut a background into pieces. For data whose objects are in one piece; not in
+    the paper."""
     new = np.ones(ids.shape, bool)                                         # where a run begins, along each row
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
     run = new.cumsum().reshape(ids.shape) - 1                              # of each pixel
@@ -276,7 +277,9 @@ def connected(ids):
         if np.array_equal(lower, part):
             break
         part = lower
-    part = np.where(ids[new] == 0, -1, part)
+    largest = np.bincount(np.where(ids > 0, ids, 0).ravel())[1:].argmax() + 1 if ids.any() else 0
+    for i, stands_for in ((0, -1), (largest, part.size)):                  # void; the largest
+        part = np.where(ids[new] == i, stands_for, part)
     return (np.unique(np.append(part, -1), return_inverse=True)[1][:-1])[run].astype(np.int32)
 
 
@@ -326,6 +329,12 @@ def setup(args):
         dist.init_process_group("cpu:gloo,cuda:nccl" if name.startswith("cuda") else "gloo")
     torch.manual_seed(args.seed)
     return torch.device(name), rank, world
+
+
+def alone(world, flag):
+    """Refuse a flag that is for one process. Raises BadInput."""
+    if world > 1:
+        raise BadInput(f"{flag}: works in one process; start it without torchrun")
 
 
 def leave():
@@ -585,7 +594,8 @@ def load_state(path, kind, args):
         started = state["flags"].items()
     for name, value in started:
         if getattr(args, name, None) != value:
-            raise BadInput(f"--resume: the run in {path} has --{name} {value}, not {getattr(args, name, None)}: give the flags that it was "
+            flag = {"train_sets": "data and --train_split"}.get(name, name)
+            raise BadInput(f"--resume: the run in {path} has --{flag} {value}, not {getattr(args, name, None)}: give the flags that it was "
                            "started with, or start a new run from its weights with --ckpt")
     return state
 
@@ -611,10 +621,9 @@ def training_flags(parser, models):
     add("--accum", type=data.positive, help="gradient accumulation steps in a batch (default 1; stage 2 of sd: 32 samples each)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     add("--min_segment", type=data.natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
-    add("--crop", type=data.natural, metavar="PX", help="train on random squares of so many pixels of a picture, and sample larger ones by tiles; "
+    add("--crop", type=data.side, metavar="PX", help="train on random squares of so many pixels of a picture, and sample larger ones by tiles; "
         "0: on whole pictures (default: as in --ckpt, else 0)")
     add("--turns", action="store_true", help="turn training pictures by random quarters, where no side is up")
-    add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
     add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
     add("--resume", action="store_true", help="continue the run in --out from its last saved state")
     add("--log_every", type=data.positive, default=50, help="iterations (default %(default)s)")
@@ -648,6 +657,8 @@ def compare(main, argv, args, flags, more=()):
 
     more: flags that every run gets. Over numbers PQ is plotted too. Returns whether there was such a flag; otherwise args get the single values. Raises BadInput."""
     several = {name: getattr(args, name) for name in flags if isinstance(getattr(args, name), list) and len(getattr(args, name)) > 1}
+    if several and args.bench:
+        raise BadInput(f"--bench: one value for --{next(iter(several))}")
     if len(several) > 1:
         raise BadInput(f"--{' and --'.join(several)}: several values for one flag at a time")
     for name, values in several.items():
@@ -684,8 +695,8 @@ class Score:
     """Class-agnostic PQ, SQ and RQ over a set of samples.
 
     In the instances layout, where all that is no instance is one background segment, they are those of the instances alone:
-    maps are matched whole, then the true background and the segment that covers most of it are left out; with them come
-    ap50 = TP / (TP + FP + FN), and pq_with_background, which counts every segment."""
+    maps are matched whole, without the true background and the segment that covers most of it (and lies mostly on it); with them
+    come ap50 = TP / (TP + FP + FN), and pq_with_background, which counts every segment."""
 
     def __init__(self):
         self.all = pq.PanopticQuality()
@@ -694,13 +705,14 @@ class Score:
     def update(self, sample, found, ids=None, segments_info=None):
         """Add an id map (H x W, 0 = void); ids and segments_info: the truth, if it is not the sample's own."""
         ids, name = sample["ids"] if ids is None else ids, str(sample["file_name"])
-        truth, segments = segments_info or sample["segments_info"], describe(found)
+        truth, segments = sample["segments_info"] if segments_info is None else segments_info, describe(found)
         self.all.update(ids, truth, found, segments, name)
         if "background_id" in sample:
             background = next((s["id"] for s in truth if s["category_id"] == sample["background_id"]), None)
             pixels = np.bincount(found[ids == background], minlength=1)
             pixels[0] = 0                                                  # void
-            covering = int(pixels.argmax()) or None
+            covering = int(pixels.argmax())
+            covering = covering if 2 * pixels[covering] > (found == covering).sum() else None
             second = lambda segments, i: [{**s, "category_id": 1 + (s["id"] == i)} for s in segments]
             self.alone.update(ids, second(truth, background), found, second(segments, covering), name)
 
@@ -730,7 +742,7 @@ def evaluate(model, dataset, args, device, rank=0, world=1):
         moments += [z.numel(), z.sum().item(), z.square().sum().item()]
         largest = max(largest, z.abs().max().item())
         for sample, truth, new, logits in zip(samples, maps, new_ids, model.decode(z)):
-            found = postprocess(logits, *truth.shape, min_area=min_area(args.size))
+            found = postprocess(logits, *truth.shape, min_area=min_area(args.crop or args.size))
             score.update(sample, found, truth, [{**s, "id": new[s["id"]]} for s in sample["segments_info"] if new.get(s["id"])])
             if len(rows) < 6:
                 error = np.where((found != truth) & (truth > 0), 255, 40).astype(np.uint8)
@@ -757,6 +769,7 @@ class Meter:
 
     def __init__(self, device, limit=600):
         self.device, self.limit = device, limit
+        self.start = self.gigabytes()
 
     def gigabytes(self):
         """Most memory in use so far."""
@@ -789,20 +802,23 @@ class Meter:
         return 2 * n ** 3 / data.side_by_side({"matmul": lambda: a @ a}, 5, self.device)["matmul"] / 1e12
 
     def growth(self, what, cases, step):
-        """Time step(case) for growing cases: {name: (relative size, case)}. Leaves out, by name, what memory or time won't allow."""
-        results, before, last = {}, self.gigabytes(), None
-        for name, (size, case) in cases.items():
+        """Time step(make()) for growing cases: {name: (relative size, make)}. Leaves out, by name, what memory or time won't allow."""
+        results, last = {}, None
+        for name, (size, make) in cases.items():
             need, seconds = (last[1] * size / last[0], 3 * last[2] * size / last[0]) if last else (0, 0)
             if need > 0.9 * self.free() or seconds > self.limit:
                 print(f"{what} {name}: left out, it would take some {need:.0f} GB and {seconds:.0f} s")
                 break
             try:
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                case = make()
                 took = data.side_by_side({name: lambda: step(case)}, 1, self.device)[name]
             except torch.OutOfMemoryError:
                 print(f"{what} {name}: left out, out of memory")
                 break
             results[str(name)] = {"seconds": took, "gigabytes": self.gigabytes()}
-            last = size, max(self.gigabytes() - before, 0.1), took
+            last = size, max(self.gigabytes() - self.start, 0.1), took
             print(f"{what} {name:>6}: {took:9.3f} s  {took / size:9.4f} s each  {self.gigabytes():7.2f} GB at most so far", flush=True)
         return results
 
@@ -886,10 +902,10 @@ def bench(args, device, precision):
     del plain
     forward = lambda ids: step(model, losses, ids)
     one = segments_map(1, size, min(30, args.num_ids - 1), device)
-    figures["by_segments"] = meter.growth("segments", {k: (1, segments_map(1, size, k, device)) for k in (5, 15, 30, 60, 120) if k < args.num_ids}, forward)
-    figures["by_batch"] = meter.growth("batch", {b: (b, one.expand(b, -1, -1)) for b in (1, 2, 4, 8, 16, 32, 64)}, forward)
-    figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, segments_map(1, s, min(30, args.num_ids - 1), device))
-                                               for s in (size // 2, size, 2 * size)}, forward)
+    maps = lambda size, count: lambda: segments_map(1, size, min(count, args.num_ids - 1), device)
+    figures["by_segments"] = meter.growth("segments", {k: (1, maps(size, k)) for k in (5, 15, 30, 60, 120) if k < args.num_ids}, forward)
+    figures["by_batch"] = meter.growth("batch", {b: (b, lambda b=b: one.expand(b, -1, -1)) for b in (1, 2, 4, 8, 16, 32, 64)}, forward)
+    figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, maps(s, 30)) for s in (size // 2, size, 2 * size)}, forward)
     return figures
 
 
@@ -914,7 +930,10 @@ def main(argv=None):
     if compare(main, argv, args, ("arch", "encoding", "kl")):
         return
     if args.bench:
-        device, *_ = setup(args)
+        if args.size % (4 * args.factor):                                  # growth halves it
+            raise BadInput(f"--size {args.size}: must be a multiple of {4 * args.factor} with --bench")
+        device, _, world = setup(args)
+        alone(world, "--bench")
         figures = bench(args, device, pick_precision(args.precision, device))
         return args.json and data.write_json(args.json, figures)
     args.accum, args.encoding, args.arch, args.crop = args.accum or 1, args.encoding or "bits", args.arch or "shallow", args.crop or 0
@@ -928,7 +947,7 @@ def main(argv=None):
     precision = pick_precision(args.precision, device)
 
     # data
-    val_source = data.open_data(args.data, args.val_split, args.size, args.seed, args.background)
+    val_source = data.open_data(args.data, args.val_split, args.crop or args.size, args.seed, args.background)
     train_set = data.open_training(*args.train_sets, args.size, args.num_ids, args.seed, args.background,
                                    min_area=args.min_segment, images=False, crop=args.crop, turns=args.turns)
     val_set = data.Evaluation(val_source, args.eval_images, args.crop)

@@ -700,7 +700,7 @@ def open_training(names, splits, size, num_ids, seed=0, background="segment", **
     """The training stream of one data set, or of several that take turns. Parameters: `open_data`, `Training`. Raises BadInput."""
     if len(splits) not in (1, len(names)):
         raise BadInput(f"--train_split: {len(splits)} names for {len(names)} sets of --data; give one name, or one for each")
-    parts = [Training(open_data(name, split, size, seed, background), size, num_ids, seed, **options)
+    parts = [Training(open_data(name, split, options.get("crop") or size, seed, background), size, num_ids, seed, **options)
              for name, split in zip(names, splits * len(names))]
     return parts[0] if len(parts) == 1 else Mixed(parts)
 
@@ -813,6 +813,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+side = number(int, 0, 16384)  # of a crop
 positive, natural, amount, fraction = number(int, 1), number(int, 0, 2**32 - 1), number(float, 0), number(float, 0, 1)
 
 
@@ -953,8 +954,8 @@ def side_by_side(functions, rounds=15, device=None):
     def now():
         if device is None:
             return time.process_time()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type in ("cuda", "mps"):
+            getattr(torch, device.type).synchronize()
         return time.perf_counter()
     times = {name: [] for name in functions}
     for _ in range(rounds + 1):

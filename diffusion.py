@@ -22,6 +22,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import math
@@ -272,7 +273,7 @@ class LDM(nn.Module):
     def forward(self, images, ids, eps, j, loss_weights, conditioned, classes=None):
         """Algorithm 1: the loss of eq. 4, mean over all cells; with classes (B x N) plus the classifier's loss.
 
-        images: B x 3 x H x W, uint8; ids: B x H x W; eps: B x 4 x h x w; j: B, timesteps; loss_weights: T;
+        images: B x 3 x H x W, uint8, or their latents; ids: B x H x W; eps: B x 4 x h x w; j: B, timesteps; loss_weights: T;
         conditioned: B, bool, on the CPU: which samples get the estimate of a first pass (the authors: all; Analog Bits: half)."""
         with torch.no_grad():
             z = self.encode(ids).float()                                   # encode the target
@@ -348,15 +349,16 @@ def cache_latents(model, train_set, args, device, precision, rank, world):
     """Encode every training image once, as it is and flipped, into a memory map 2 x images x c x h x w of float16; train_set reads it.
 
     The file is named after what the latents depend on: the encoder's weights, size, precision and the images' names. A run that was
-    killed goes on where it was; what can't be read counts as broken, as without a cache. Raises BadInput."""
+    killed goes on where it was; what can't be read counts as broken, as without a cache, and is tried again by the next run.
+    A picture that was replaced under its old name is not noticed: delete the file then. Raises BadInput."""
     source, size, digest, folder = train_set.source, train_set.size, hashlib.sha256(), Path(args.cache_latents)
-    for part in (str(size), precision, str(source.images_dir.resolve()), *(json.loads(item)[0]["file_name"] for item in source.items)):
+    shape = 2, len(source), model.image_encoder.channels, *[size // model.image_encoder.factor] * 2
+    for part in (str(size), str(shape), precision, str(source.images_dir.resolve()), *(json.loads(item)[0]["file_name"] for item in source.items)):
         digest.update(part.encode() + b"\0")
     for value in model.image_encoder.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
     path = folder / f"image_latents_{digest.hexdigest()[:16]}.npy"
     state_path = path.with_suffix(".state.npy")                            # of each image: 0 to do, 1 done, 2 broken
-    shape = 2, len(source), model.image_encoder.channels, *[size // model.image_encoder.factor] * 2
     gigabytes = 2 * math.prod(shape) / 1e9
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
@@ -367,12 +369,12 @@ def cache_latents(model, train_set, args, device, precision, rank, world):
         if not fine:
             if shutil.disk_usage(folder).free < 1.02e9 * gigabytes:
                 raise BadInput(f"--cache_latents {folder}: {gigabytes:.1f} GB are needed there; free some space or name another folder")
+            np.lib.format.open_memmap(state_path, "w+", np.uint8, shape[1:2]).flush()          # first: it must not speak for new latents
             np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
-            np.lib.format.open_memmap(state_path, "w+", np.uint8, shape[1:2]).flush()
     if world > 1:
         dist.barrier()
     latents, state = np.load(path, mmap_mode="r+"), np.load(state_path, mmap_mode="r+")
-    images = data.Images(source, size, [i for i in range(rank, len(source), world) if not state[i]])
+    images = data.Images(source, size, [i for i in range(rank, len(source), world) if state[i] != 1])
     loader = torch.utils.data.DataLoader(images, args.batch_size // world // args.accum, num_workers=args.num_workers, collate_fn=list)
     for batch in tqdm(loader, "image latents", disable=not is_main() or not len(images)):
         fine = [(i, picture) for i, picture in batch if picture is not None]
@@ -394,7 +396,7 @@ def cache_latents(model, train_set, args, device, precision, rank, world):
 
 
 def untrained(kind, size=0):
-    """A model of --model `kind` with random weights, to time (sample.py --bench). size: side of its input, 0 for the usual one."""
+    """A model of --model `kind` with random weights, to time it. size: side of its input, 0 for the usual one."""
     stage1 = {k: ae.MODELS[kind][k] for k in ("num_ids", "factor", "width")}
     args = argparse.Namespace(model=kind, sd="none", size=size or ae.MODELS[kind]["size"], channels=48, prediction=None, latent_scale=SD_SCALE)
     return new_model(args, ae.Autoencoder(**stage1), None, dict(size=args.size, min_area=ae.min_area(args.size), self_cond=True, crop=0, connected=False)).eval()
@@ -442,7 +444,8 @@ def class_logits(model, images):
     size, crop, device = model.settings["size"], model.settings["crop"], next(model.parameters()).device
     if not crop:
         return model.classifier.logits(torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device))
-    scaled = [F.interpolate(data.to_tensor(image)[None].to(device).float(), scale_factor=size / crop, mode="bilinear", antialias=True) for image in images]
+    scaled = [F.interpolate(data.to_tensor(image)[None].to(device).float(), [max(8, round(n * size / crop)) for n in image.shape[:2]],
+                            mode="bilinear", antialias=True) for image in images]
     return [model.classifier.logits(x)[0] for x in scaled]
 
 
@@ -477,6 +480,9 @@ def from_release(content):
 ae.FROM_RELEASE["ldm"] = from_release
 
 
+AT_FIRST = {"crop": 0, "connected": False}  # settings of checkpoints from before there were these
+
+
 def load_ldm(path):
     """Checkpoint of stage 2, ours or the authors' -> LDM in eval mode on the CPU; nothing is downloaded. Raises BadInput."""
     content = ae.load(path, "ldm")
@@ -491,8 +497,7 @@ def load_ldm(path):
             image_encoder = SDEncoder(AutoencoderKL(**s["image_encoder"]))
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
         return LDM(ae.from_settings(s["autoencoder"]), image_encoder, build_unet(s["unet"]), s, classifier)
-    for name, value in ("crop", 0), ("connected", False):                  # checkpoints from before there were these
-        s.setdefault(name, value)
+    s = content["settings"] = {**AT_FIRST, **content["settings"]}
     with ae.fitting(path):
         for name, kind in {"size": int, "crop": int, "min_area": int, "latent_scale": float, "self_cond": bool, "connected": bool, "model": str, "seed": int,
                            "data": str, "train_split": str, "val_split": str, "background": str}.items():
@@ -576,7 +581,7 @@ def bench(args, device, precision):
         optimizer.zero_grad()
 
     images, latents, ids = made_up(batch, size)
-    share = args.self_cond[0] if isinstance(args.self_cond, list) else args.self_cond
+    share = args.self_cond
     cases = {"UNet alone": lambda: step(latents, ids, share, unet_only=True), "step, image latents cached": lambda: step(latents, ids, share),
              "step, images encoded": lambda: step(images, ids, share), "self-conditioning on none": lambda: step(latents, ids, 0),
              "self-conditioning on half": lambda: step(latents, ids, 0.5), "self-conditioning on all": lambda: step(latents, ids, 1)}
@@ -612,8 +617,8 @@ def bench(args, device, precision):
     other = compiled = None                                                # their memory
     figures = {"seconds": seconds, "passes": passes, "tflops": reached, "matmul_tflops": rate, "gigabytes": meter.gigabytes()}
     grow = lambda case: step(case[1], case[2], share)
-    figures["by_batch"] = meter.growth("batch", {b: (b, made_up(b, size)) for b in (1, 2, 4, 8, 16, 32, 64)}, grow)
-    figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, made_up(1, s)) for s in (size // 2, size, 2 * size)}, grow)
+    figures["by_batch"] = meter.growth("batch", {b: (b, functools.partial(made_up, b, size)) for b in (1, 2, 4, 8, 16, 32, 64)}, grow)
+    figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, functools.partial(made_up, 1, s)) for s in (size // 2, size, 2 * size)}, grow)
     return figures
 
 
@@ -645,6 +650,7 @@ def main(argv=None):
     add("--clip", type=data.amount, help="largest gradient norm (default 1)")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
     add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
+    add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
     add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
         "segments of their own (default: as in --ckpt, else not)")
     add("--cache_latents", metavar="FOLDER", help="keep every training image's latents, as it is and flipped, in a file there (float16), and train "
@@ -661,7 +667,10 @@ def main(argv=None):
         return
     DDIM().timesteps(args.steps)
     if args.bench:
-        device, *_ = ae.setup(args)
+        if args.size and args.size % (8 * ae.MODELS[args.model]["factor"]):                    # growth halves it
+            raise BadInput(f"--size {args.size}: must be a multiple of {8 * ae.MODELS[args.model]['factor']} with --bench")
+        device, _, world = ae.setup(args)
+        ae.alone(world, "--bench")
         figures = bench(args, device, ae.pick_precision(args.precision, device))
         return args.json and data.write_json(args.json, figures)
     data.require_data(args.data)
@@ -689,10 +698,10 @@ def main(argv=None):
         raise BadInput("--classes: categories are those of one set; give one to --data")
     train_set = data.open_training(*args.train_sets, args.size, autoencoder.num_ids, args.seed, args.background, min_area=args.min_segment,
                                    classes=bool(args.classes), crop=args.crop, turns=args.turns, jitter=args.jitter)
-    val_set = data.Evaluation(data.open_data(args.data, args.val_split, args.size, args.seed, args.background), args.eval_images, args.crop)
+    val_set = data.Evaluation(data.open_data(args.data, args.val_split, args.crop or args.size, args.seed, args.background), args.eval_images, args.crop)
 
     # the model
-    about = dict(size=args.size, crop=args.crop, connected=bool(args.connected), min_area=ae.min_area(args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
+    about = dict(size=args.size, crop=args.crop, connected=bool(args.connected), min_area=ae.min_area(args.crop or args.size), data=args.data, train_split=args.train_split, val_split=args.val_split,
                  background=args.background, seed=args.seed, self_cond=args.self_cond > 0)
     if start_from:
         model = start_from
@@ -709,7 +718,7 @@ def main(argv=None):
         raise BadInput(f"--classes: {args.data} lists no categories")
     if args.classes and model.settings.get("categories") != categories:
         model.settings["categories"], model.classifier = categories, new_classifier(args, categories)
-    if model.classifier and not args.classes and model.settings["categories"] != data.categories_of(val_set.source):
+    if model.classifier and not args.classes and not all(c in model.classifier.categories for c in data.categories_of(val_set.source)):
         if is_main():
             print("note: the classifier of --ckpt knows other categories than this data has: left out")
         model.classifier, _ = None, model.settings.pop("categories")
@@ -746,7 +755,9 @@ def main(argv=None):
     if args.resume:
         state = ae.load_state(out / "ldm_state.pt", "ldm_state", args)
         with ae.fitting(out / "ldm_state.pt"):
-            model.settings, model.scale = state["settings"], state["settings"]["latent_scale"]
+            model.settings, model.scale = {**AT_FIRST, **state["settings"]}, state["settings"]["latent_scale"]
+            if model.classifier is None:
+                model.settings.pop("categories", None)
             model.autoencoder.load_state_dict(state["autoencoder"])
             model.unet.load_state_dict(state["unet"])
             if model.classifier:

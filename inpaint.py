@@ -130,6 +130,7 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
     names = ["inpainting", "input", "sampling"] if baselines else ["inpainting"]
     scores, rows, crop = {n: ae.Score() for n in names}, [], model.settings["crop"]
     size, num_ids, seconds = model.settings["size"], model.autoencoder.num_ids, 0.0
+    stuff = {c["id"] for c in data.categories_of(dataset.source) if not c["isthing"]}
     for samples in data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers):
         keys, images, truths, infos, partial = [s["image_id"] for s in samples], [s["image"] for s in samples], [], [], []
         for s in samples:
@@ -139,7 +140,7 @@ def evaluate(model, dataset, drop, block, args, baselines=True):
                           np.where(np.isin(s["ids"], [i for i in new if new[i]]), s["ids"], 0))
             infos.append([{**i, "id": new[i["id"]]} for i in s["segments_info"] if new[i["id"]]])
             if args.click:
-                given = discs(truths[-1], [i["id"] for i in infos[-1] if "background_id" not in s or i["category_id"] != s["background_id"]], args.click)
+                given = discs(truths[-1], [i["id"] for i in infos[-1] if i.get("category_id") not in stuff], args.click)
             elif crop:                                                     # a block is so many pixels of what the network sees
                 scaled = [max(1, round(n * size / crop)) for n in truths[-1].shape]
                 given = data.resize_ids(drop_blocks(max(scaled), drop, block, rng)[:scaled[0], :scaled[1]], *truths[-1].shape)
@@ -166,6 +167,8 @@ def complete_file(model, args, out):
         raise BadInput(f"--mask {args.mask}: is {given.shape[1]} x {given.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}; "
                        "they must be of one size")
     known, num_ids = [int(i) for i in np.unique(given) if i], model.autoencoder.num_ids
+    if known and known[-1] > (1 << 24) - 1 - (1 << 16):
+        raise BadInput(f"--mask {args.mask}: its id {known[-1]} leaves no room for new ones in 24 bits; number its segments from 1")
     if len(known) > num_ids - 1 and not model.settings["crop"]:
         raise BadInput(f"--mask {args.mask}: holds {len(known)} ids, this model knows {num_ids - 1}")
     began = time.time()

@@ -62,7 +62,7 @@ def stitch(tiles, corners, shape, shared=0):
     two tiles become one where IoU > 0.5 in the part that both tiles see, the surest first, unless that would make two segments
     of one tile the same.
 
-    tiles: of each its ids (side x side) and their certainty; corners: (top, left) of each; shape: H, W of the whole. Ids up to
+    tiles: of each its ids (side x side) and their certainty; corners: (top, left) of each, by rows; shape: H, W of the whole. Ids up to
     `shared` mean the same in every tile, all others are a tile's own. Returns ids (H x W, int32) and their certainty."""
     side, ids, count, pairs = len(tiles[0][0]), [], shared, []
     seen_in = [set() for _ in range(shared + 1)]                           # id -> the tiles that have what it was joined with
@@ -81,8 +81,10 @@ def stitch(tiles, corners, shape, shared=0):
         while joined[i] != i:
             i = joined[i]
         return i
-    for (n, (top, left)), (m, (top2, left2)) in itertools.combinations(enumerate(corners), 2):
-        if abs(top - top2) < side and abs(left - left2) < side:
+    below = lambda n: itertools.takewhile(lambda m: corners[m][0] < corners[n][0] + side, range(n + 1, len(corners)))      # by rows
+    for n, m in ((n, m) for n in range(len(corners)) for m in below(n)):
+        (top, left), (top2, left2) = corners[n], corners[m]
+        if abs(left - left2) < side:
             a = ids[n][max(top2 - top, 0):side + min(top2 - top, 0), max(left2 - left, 0):side + min(left2 - left, 0)]
             b = ids[m][max(top - top2, 0):side + min(top - top2, 0), max(left - left2, 0):side + min(left - left2, 0)]
             (of_a, a), (of_b, b) = (np.unique(x, return_inverse=True) for x in (a, b))
@@ -332,9 +334,9 @@ def sampling_flags(parser, renoise):
     add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
         help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
     add("--votes", type=data.positive, default=1, metavar="K", help="sample K times, and keep what agrees most with the rest (default %(default)s)")
-    add("--crop", type=data.natural, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
-    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a sampled segment that do not touch segments of their own "
-        "(default: as the checkpoint says)")
+    add("--crop", type=data.side, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
+    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a sampled segment that do not touch segments of their own, "
+        "but for the largest; completions stay as they are (default: as the checkpoint says)")
     add("--overlap", type=data.number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)

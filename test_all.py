@@ -1328,6 +1328,9 @@ def test_connected_equals_flooding():
     for n, shape in enumerate([(40, 50), (64, 64), (1, 9), (9, 1), (1, 1)]):
         ids = np.random.default_rng(n).integers(0, 3, shape)
         parts, found = flood(ids), ae.connected(ids)
+        if ids.any():
+            parts[ids == np.bincount(ids[ids > 0]).argmax()] = parts.max() + 1                  # the largest stays whole
+            parts = np.unique(parts, return_inverse=True)[1].reshape(shape) + (ids > 0).all()
         assert len(set(zip(parts.ravel(), found.ravel()))) == len(np.unique(parts)) == len(np.unique(found))
         assert found.dtype == np.int32 and np.array_equal(found == 0, ids == 0) and found.max() == parts.max()
 
@@ -1410,10 +1413,14 @@ def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch
     assert ours == pytest.approx(plain, rel=1e-5) and ours > 1               # both forms give the same value
     assert figures["seconds"].keys() == figures["loss"].keys() and figures["tflops"] > 0 < figures["matmul_tflops"]
     assert "batch 2: left out, it would take some" in printed and list(figures["by_batch"]) == ["1"]
-    diffusion.main(common + ["--self_cond", "1"])
+    diffusion.main(common + ["--size", "32", "--self_cond", "1"])
     figures, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
     assert {"UNet alone", "step, image latents cached", "step, images encoded"} <= figures["seconds"].keys() and "left out" in printed
     assert "self-conditioning on 100%" in printed and set(figures["passes"]) == {"channels_last", "contiguous", "channels_last, bf16"}
+    for main, bad in ((ae.main, ["--size", "30"]), (diffusion.main, ["--size", "48"]), (ae.main, ["--kl", "0", "1"]), (diffusion.main, ["--crop", "99999"])):
+        with pytest.raises(SystemExit) as stop:
+            main(common + bad)
+        assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
 
 
 def test_votes_keep_the_sample_that_agrees_most(trained):
