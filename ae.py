@@ -197,6 +197,7 @@ def draw_points(logits, ids, count):
     """Points for both losses where the logits are least certain: CE (B x count x 2), masks (K x count x 2)."""
     image_of, id_of = segments_of(ids, logits.shape[1])
     def ce_uncertainty(points):
+        """How close the second largest logit is to the largest: batch x P x 2 -> batch x P."""
         second, first = sample_at(logits, points).topk(2, dim=1).values.flip(1).unbind(1)
         return second - first
     own = logits[image_of, id_of][:, None]                                 # K x 1 x h x w

@@ -268,6 +268,7 @@ def _check(where, kind, entries):
 def read_coco_json(path, layout):
     """Read a COCO JSON ("panoptic" or "instances") and check all of it that is used. Raises BadInput, naming the entry."""
     def no_number(text):
+        """Refuse NaN and Infinity, which are no JSON."""
         raise ValueError(f"{text} is no number")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=no_number)
@@ -952,6 +953,7 @@ def side_by_side(functions, rounds=15, device=None):
 
     CPU seconds of this process; with a device those on the clock, until the device is done."""
     def now():
+        """The clock, once the device is done."""
         if device is None:
             return time.process_time()
         if device.type in ("cuda", "mps"):
@@ -990,6 +992,7 @@ def bench(sizes=(256, 512, 1024), count=8, rounds=15):
         print(f"{'size':>6}{'Pillow':>9}{'sample':>9}{'':7}{'ids only':>10}")
         for size in sizes:
             def floor():
+                """What Pillow alone takes."""
                 for i in range(count):
                     Image.open(root / "train" / f"{i}.jpg").resize((size, size), Image.BICUBIC)
                     Image.open(root / "panoptic_train" / f"{i}.png").resize((size, size), Image.NEAREST)

@@ -124,6 +124,7 @@ def _overlaps(gt, gt_ids, pred, pred_ids, what, mask):
     gt, pred, length = gt[start], pred[start], np.diff(start, append=gt.size)
     gt, pred = (gt, pred) if mask is None else (gt & mask, pred & mask)
     def compact(ids, listed, name):
+        """The place of each id that is there in `listed`, from 1 (-1: not listed), and of each pixel's id among those."""
         present = np.unique(ids)
         if len(set(listed)) < len(listed):
             raise BadInput(f"{what}: the {name} lists a segment id twice")
@@ -152,9 +153,11 @@ def table(result):
 def _read(path):
     """A COCO panoptic JSON -> {image_id: (file_name, segments_info)} and its categories, unchecked. Raises BadInput, naming the entry."""
     def need(fine, line, *values):
+        """Raise BadInput with this line unless it is fine."""
         if not fine:
             raise BadInput(f"{path}: " + line.format(*(type(v).__name__ if isinstance(v, (list, dict)) else repr(v)[:60] for v in values)))
     def no_number(text):
+        """Refuse NaN and Infinity, which are no JSON."""
         raise ValueError(f"{text} is no number")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=no_number)

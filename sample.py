@@ -199,10 +199,13 @@ def compare_seeds(model, dataset, args, out):
             agreed.append(certain.mean())
             if len(agreed) <= 4:
                 gray = np.repeat((255 * certain).astype(np.uint8)[..., None], 3, 2)
+                overlays = [data.overlay(s["image"], f[k]) for f in found.values()]
+                if crop:
+                    rows.append([s["image"], gray, *overlays])
+                    continue
                 noises = [diffusion.image_noise(seed, [s["image_id"]], (4, side, side), next(model.parameters()).device) for seed in args.seeds]
-                decoded = [] if crop else [data.colorize(ae.postprocess(model.decode(z)[0], *certain.shape, 0)) for z in noises]
-                samples_row = [data.overlay(s["image"], f[k]) for f in found.values()]
-                rows += [[s["image"], gray, *samples_row]] if crop else [[s["image"], *decoded], [gray, *samples_row]]
+                decoded = [data.colorize(ae.postprocess(model.decode(z)[0], *certain.shape, 0)) for z in noises]
+                rows += [[s["image"], *decoded], [gray, *overlays]]
     data.picture(out / "seeds.png", rows, ["image", "agreement"] + [f"sample {seed}" for seed in args.seeds] if crop else
                  ["image, agreement"] + [f"noise, sample {seed}" for seed in args.seeds])
     return {seed: diffusion.percent(score.result()) for seed, score in scores.items()}, float(np.mean(agreed))
