@@ -81,11 +81,9 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
             if known[-1] >= N:
                 own[kept] = np.arange(len(kept)) + 1
             pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
-    found = []
-    for n in range(0, len(pieces), batch_size):
-        parts, ids, places, _ = zip(*pieces[n:n + batch_size])
-        draw = lambda k: complete_tiles(model, parts, ids, [f"{place} vote {k}" if k else place for place in places], steps, seed, valid, renoise)
-        found += [sample.most_agreed(samples) for samples in zip(*(draw(k) for k in range(votes)))]
+    parts, ids, places, _ = zip(*pieces)
+    found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise), places, parts, ids,
+                        votes=votes, batch_size=batch_size)
     results, done = [], 0
     for y, given in zip(partial, names):
         corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]

@@ -137,6 +137,18 @@ def most_agreed(found):
     return found[scores.argmax()]
 
 
+def vote(draw, keys, *pieces, votes, batch_size):
+    """Sample every piece `votes` times, in batches, and keep of each what agrees most: a list of ids and certainty.
+
+    draw: function of a batch's keys and pieces; of each further vote the key says so, which gives it noise of its own."""
+    found = []
+    for n in tqdm(range(0, len(keys), batch_size), "tiles", leave=False, disable=not is_main() or len(keys) < 100):
+        batch = [piece[n:n + batch_size] for piece in pieces]
+        draws = [draw([f"{key} vote {k}" if k else key for key in keys[n:n + batch_size]], *batch) for k in range(votes)]
+        found += [most_agreed(samples) for samples in zip(*draws)]
+    return found
+
+
 def predict(model, images, keys, steps=50, seed=0, renoise=False, votes=1, overlap=0.25, batch_size=16):
     """H x W x 3 uint8 images of any sizes -> for each its ids (H x W, int32) and their certainty (H x W, 0..1).
 
@@ -146,11 +158,7 @@ def predict(model, images, keys, steps=50, seed=0, renoise=False, votes=1, overl
     corners = [tile_corners(*image.shape[:2], side, overlap) if side else [None] for image in images]
     tiles = [tile for image, places in zip(images, corners) for tile in (cut(image, side, places) if side else [image])]
     names = [f"{key} at {place}" if side else key for key, places in zip(keys, corners) for place in places]
-    found = []
-    for n in tqdm(range(0, len(tiles), batch_size), "tiles", leave=False, disable=not is_main() or len(tiles) < 100 * len(images)):
-        draw = lambda k: diffusion.predict(model, tiles[n:n + batch_size], [f"{name} vote {k}" if k else name for name in names[n:n + batch_size]],
-                                           steps, seed, renoise)
-        found += [most_agreed(samples) for samples in zip(*(draw(k) for k in range(votes)))]
+    found = vote(lambda keys, tiles: diffusion.predict(model, tiles, keys, steps, seed, renoise), names, tiles, votes=votes, batch_size=batch_size)
     if not side:
         return found
     ends = np.cumsum([len(places) for places in corners])
