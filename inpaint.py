@@ -83,13 +83,13 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
             pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
     parts, ids, places, _ = zip(*pieces)
     found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise), places, parts, ids,
-                        votes=votes, batch_size=batch_size)
+                        votes=votes, batch_size=batch_size, shared=[np.unique(y) for y in ids])
     results, done = [], 0
     for y, given in zip(partial, names):
         corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
         top, tiles = int(y.max()), []
         for (ids, certainty), (*_, back) in zip(found[done:done + len(corners)], pieces[done:]):
-            table = np.array([back.get(i, top + i) if i else 0 for i in range(N)])             # given ids as they were, new ones above them
+            table = np.array([back.get(i, top + i) if i else 0 for i in range(ids.max() + 1)])  # given ids as they were, new ones above them
             tiles.append((table[ids], certainty))
         done += len(corners)
         ids, certainty = sample.stitch(tiles, corners, y.shape, shared=top) if side else tiles[0]

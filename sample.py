@@ -2,7 +2,7 @@
 
     python sample.py                                      # evaluate on the split that the checkpoint names: PQ, SQ, RQ
     python sample.py --steps 5 10 20 50                   # a table over sampling steps (paper: Fig. 9, left)
-    python sample.py --votes 4 --steps 10                 # sample four times, keep what agrees most with the rest
+    python sample.py --votes 4 --steps 10                 # sample four times, and let the samples vote on every pixel
     python sample.py --seeds 0 1 2 3                      # several seeds side by side, and where they agree (Fig. 10)
     python sample.py --images photo.jpg                   # segment any picture, or a folder of them
     python sample.py --ckpt assets/nuclei.pt --images tile.jpg  # shipped: nuclei under the microscope, pictures of any size
@@ -87,9 +87,7 @@ def stitch(tiles, corners, shape, shared=0):
         if abs(left - left2) < side:
             a = ids[n][max(top2 - top, 0):side + min(top2 - top, 0), max(left2 - left, 0):side + min(left2 - left, 0)]
             b = ids[m][max(top - top2, 0):side + min(top - top2, 0), max(left - left2, 0):side + min(left - left2, 0)]
-            (of_a, a), (of_b, b) = (np.unique(x, return_inverse=True) for x in (a, b))
-            inter = np.bincount(a.ravel() * len(of_b) + b.ravel(), minlength=len(of_a) * len(of_b)).reshape(len(of_a), -1)
-            iou = inter / (inter.sum(1)[:, None] + inter.sum(0)[None] - inter)
+            of_a, of_b, iou = overlaps(a, b)
             pairs += [(-iou[i, k], of_a[i], of_b[k]) for i, k in np.argwhere(iou > 0.5)]
     for _, i, k in sorted(pairs):
         low, high = sorted((root(i), root(k)))
@@ -116,43 +114,73 @@ def cut(image, side, corners):
     return [image[top:top + side, left:left + side] for top, left in corners]
 
 
+def overlaps(a, b):
+    """IoU of every segment of one id map with every one of another: ids of the first, ids of the second, their IoU (matrix)."""
+    (of_a, a), (of_b, b) = (np.unique(x, return_inverse=True) for x in (a, b))
+    inter = np.bincount(a.ravel() * len(of_b) + b.ravel(), minlength=len(of_a) * len(of_b)).reshape(len(of_a), -1)
+    return of_a, of_b, inter / (inter.sum(1)[:, None] + inter.sum(0)[None] - inter)
+
+
 def agreement(maps):
     """How far several id maps (H x W) of one image agree, per pixel: H x W floats in 0..1.
 
     The mean, over all pairs of maps, of the IoU of the two segments that the pixel lies in; void agrees with nothing."""
     total, pairs = 0, list(itertools.combinations(maps, 2))
     for a, b in pairs:
-        inter = np.bincount((a.astype(np.int64) * (b.max() + 1) + b).ravel(), minlength=(a.max() + 1) * (b.max() + 1)).reshape(a.max() + 1, -1)
-        iou = inter / np.maximum(inter.sum(1)[:, None] + inter.sum(0)[None] - inter, 1)
-        iou[0], iou[:, 0] = 0, 0
-        total = total + iou[a, b]
+        of_a, of_b, iou = overlaps(a, b)
+        total = total + iou[of_a.searchsorted(a), of_b.searchsorted(b)] * (a > 0) * (b > 0)
     return total / len(pairs)
 
 
-def most_agreed(found):
-    """Of several samples of one picture (each its ids and their certainty) the one that agrees most with the others."""
-    scores = np.zeros(len(found))
-    for a, b in itertools.combinations(range(len(found)), 2):
-        scores[[a, b]] += agreement([found[a][0], found[b][0]]).mean()
-    return found[scores.argmax()]
+def consensus(found, shared=()):
+    """Several samples of one picture (each its ids and their certainty) -> one, by majority: its ids (int32) and their certainty.
+
+    Segments of different samples are the same object where IoU > 0.5, which at most one of each sample can have: they are put together
+    from that on which the samples agree most downwards. Every pixel then goes to the object that most samples see there, with the mean
+    certainty of those. Ids in `shared` mean the same in every sample and stay, others are numbered above them."""
+    if len(found) == 1:
+        return found[0]
+    shared, alike = sorted(set(map(int, shared)) - {0}), {}
+    top = max([int(ids.max()) for ids, _ in found] + shared) + 1
+    maps = np.stack([ids.astype(np.int64) + k * top for k, (ids, _) in enumerate(found)])      # K x H x W, ids distinct over all
+    for a, b in itertools.product(maps, maps):
+        of_a, of_b, iou = overlaps(a, b)
+        for i, k in np.argwhere(iou > 0.5):
+            alike.setdefault(int(of_a[i]), {})[int(of_b[k])] = iou[i, k]
+    groups = [[i + k * top for k in range(len(found))] for i in shared]
+    free = {s for s in alike if s % top} - {s for group in groups for s in group}              # neither void nor in a group yet
+    for s in sorted(alike, key=lambda s: -sum(alike[s].values())):
+        if s in free:
+            groups.append([t for t in alike[s] if t in free])
+            free -= set(groups[-1])
+    group_of = np.full(len(found) * top, len(groups))                      # of void: the last, so that it loses a tie
+    for g, group in enumerate(groups):
+        group_of[group] = g
+    seen = group_of[maps]                                                  # K x H x W
+    votes = (seen[:, None] == seen).sum(1)                                 # of each sample's group, how many samples see it there
+    chosen = np.take_along_axis(seen, (votes - seen / seen.size).argmax(0)[None], 0)           # the surest group wins a tie
+    certainty = np.mean([sure for _, sure in found], 0, where=(seen == chosen), dtype=np.float32)
+    names = shared + [max(shared, default=0) + 1 + g for g in range(len(groups) - len(shared))] + [0]
+    return np.array(names, np.int32)[chosen[0]], certainty
 
 
-def vote(draw, keys, *pieces, votes, batch_size):
-    """Sample every piece `votes` times, in batches, and keep of each what agrees most: a list of ids and certainty.
+def vote(draw, keys, *pieces, votes, batch_size, shared=None):
+    """Sample every piece `votes` times, in batches, and join its samples by `consensus`: a list of ids and certainty.
 
-    draw: function of a batch's keys and pieces; of each further vote the key says so, which gives it noise of its own."""
+    draw: function of a batch's keys and pieces; of each further vote the key says so, which gives it noise of its own.
+    shared: of each piece, the ids that mean the same in every sample."""
     found = []
     for n in tqdm(range(0, len(keys), batch_size), "tiles", leave=False, disable=not is_main() or len(keys) < 100):
         batch = [piece[n:n + batch_size] for piece in pieces]
         draws = [draw([f"{key} vote {k}" if k else key for key in keys[n:n + batch_size]], *batch) for k in range(votes)]
-        found += [most_agreed(samples) for samples in zip(*draws)]
+        found += [consensus(samples, same) for samples, same in zip(zip(*draws), shared[n:n + batch_size] if shared else itertools.repeat(()))]
     return found
 
 
 def predict(model, images, keys, steps=50, seed=0, renoise=False, votes=1, overlap=0.25, batch_size=16):
     """H x W x 3 uint8 images of any sizes -> for each its ids (H x W, int32) and their certainty (H x W, 0..1).
 
-    votes: sample so many times, and keep what agrees most with the rest. A model that was trained on crops sees pictures in tiles
+    votes: sample so many times, and join the samples (`consensus`). A model that was trained on crops sees pictures in tiles
     of that size, each with votes of its own. Other parameters: `diffusion.sample_logits`."""
     side = model.settings["crop"]
     corners = [tile_corners(*image.shape[:2], side, overlap) if side else [None] for image in images]
@@ -344,7 +372,7 @@ def sampling_flags(parser, renoise):
     add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
     add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
         help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
-    add("--votes", type=data.positive, default=1, metavar="K", help="sample K times, and keep what agrees most with the rest (default %(default)s)")
+    add("--votes", type=data.positive, default=1, metavar="K", help="sample K times, and let the samples vote on every pixel (default %(default)s)")
     add("--crop", type=data.side, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
     add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a sampled segment that do not touch segments of their own, "
         "but for the largest; completions stay as they are (default: as the checkpoint says)")

@@ -1423,15 +1423,32 @@ def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch
         assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
 
 
-def test_votes_keep_the_sample_that_agrees_most(trained):
-    a, b = np.ones((8, 8), np.int32), np.ones((8, 8), np.int32)
-    a[:4], b[:, :4] = 2, 2
-    found = [(ids, np.full((8, 8), k, np.float32)) for k, ids in enumerate((b, a, np.where(a == 2, 5, 6), np.eye(8, dtype=np.int32)))]
-    assert sample.most_agreed(found)[1][0, 0] == 1 and sample.most_agreed(found[:1])[1][0, 0] == 0
+def test_votes_join_samples_by_majority(trained):
+    truth = np.ones((8, 8), np.int32)                                      # background, two touching objects, one more
+    truth[1:4, 1:3], truth[1:4, 3:5], truth[6:, 6:] = 2, 3, 4
+    merged, lost, shifted = (truth.copy() for _ in range(3))
+    merged[truth == 3], lost[truth == 4] = 2, 1
+    shifted[4, 1:3] = 2
+    renamed = np.array([0, 7, 5, 2, 3], np.int32)[shifted]                 # each sample has ids of its own
+    sure = [np.full((8, 8), c, np.float32) for c in (0.9, 0.6, 0.3)]
+    ids, certainty = sample.consensus(list(zip((merged, lost, renamed), sure)))        # each is wrong elsewhere, two are right everywhere
+    assert ids.dtype == np.int32 and len(np.unique(np.stack([ids, truth]).reshape(2, -1), axis=1).T) == len(np.unique(ids)) == 4
+    assert np.allclose(certainty[truth == 3], 0.45) and np.allclose(certainty[truth == 4], 0.6) and np.allclose(certainty[0], 0.6)
+
+    ids, _ = sample.consensus([(np.where(m == 4, 0, m), sure[0]) for m in (truth, truth)] + [(truth, sure[0])])
+    assert (ids[truth == 4] == 0).all() and (ids[truth != 4] > 0).all()    # most samples see nothing there
+    ids, _ = sample.consensus([(truth, sure[0]), (np.where(truth == 4, 0, truth), sure[0])])
+    assert (ids > 0).all()                                                 # void loses a tie
+
+    disjoint = [np.zeros((8, 8), np.int32) for _ in range(2)]              # id 6 is one object though its parts never overlap
+    disjoint[0][:2], disjoint[1][4:6] = 6, 6
+    ids, _ = sample.consensus([(np.where(truth == 2, 9, m), sure[0]) for m in disjoint], shared=[0, 6])
+    assert set(np.unique(ids)) == {0, 6, 7} and (ids[truth == 2] == 7).all() and (ids[5] == 6).all() and (ids[6:] == 0).all()
+
     model, image = tiny_ldm(trained, min_area=0), data.Shapes("v", 32)[0]["image"]
     once, thrice = (sample.predict(model, [image], ["a"], 2, votes=k)[0] for k in (1, 3))
     each = [diffusion.predict(model, [image], [key], 2)[0] for key in ("a", "a vote 1", "a vote 2")]
-    assert np.array_equal(once[0], each[0][0]) and np.array_equal(thrice[0], sample.most_agreed(each)[0]) and (each[0][0] != each[1][0]).any()
+    assert np.array_equal(once[0], each[0][0]) and np.array_equal(thrice[0], sample.consensus(each)[0]) and (each[0][0] != each[1][0]).any()
 
 
 def test_instances_count_alone_where_the_rest_is_one_background():
@@ -1501,6 +1518,19 @@ def test_renoise_draws_new_noise_at_every_step(trained):
     images = [s["image"] for s in (data.Shapes("v", 32)[i] for i in range(2))]
     run = lambda chosen, renoise: sample.segment_batch(model, [images[i] for i in chosen], chosen, steps=3, threshold=0, renoise=renoise)
     assert (run([0, 1], True)[1] == run([1], True)[0]).mean() > 0.99 and (run([1], True)[0] != run([1], False)[0]).any()
+
+
+def test_votes_of_completions_keep_the_given_ids(trained, monkeypatch):
+    model, scene, calls, draw = tiny_ldm(trained, min_area=0), data.Shapes("v", 32)[0], [], inpaint.complete_tiles
+    monkeypatch.setattr(inpaint, "complete_tiles", lambda *args: calls.append((args[3], draw(*args))) or calls[-1][1])
+    given = np.zeros((32, 32), np.int32)
+    given[:8, :8], given[20:, 4:12] = 3, 5
+    ids = inpaint.complete(model, [scene["image"]], [given], ["x"], 2, threshold=0, votes=3)[0]
+    assert [c[0] for c in calls] == [["x"], ["x vote 1"], ["x vote 2"]] and (ids[given > 0] == given[given > 0]).all()
+    each = np.stack([found[0][0] for _, found in calls])
+    for i in (3, 5):                                                       # a given id means the same in all samples
+        assert (ids[(each == i).sum(0) >= 2] == i).all()
+    assert all(i in (0, 3, 5) or i > 5 for i in np.unique(ids))
 
 
 def test_drop_blocks():
