@@ -641,7 +641,8 @@ def parse(parser, models, argv, kind):
         content = load(args.ckpt, kind)
         with fitting(args.ckpt):
             stored = {**content["settings"], **content.get("autoencoder", {})}
-            stored.pop("self_cond", None)                                  # there a yes or no, here a share
+            if not stored.pop("self_cond", True):                          # there a yes or no, here a share
+                stored["self_cond"] = 0.0
     args.model = args.model or stored.get("model") or "sd"
     fallback = {"data": "data/coco", "train_split": "train2017", "val_split": "val2017", "background": "segment", **models[args.model], **stored}
     for name, value in vars(args).items():

@@ -55,6 +55,7 @@ def command(main):
     """Make `main(argv)` end on BadInput, or a file that can't be read or written, with one line on stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
+        """`main`, with errors in one line."""
         try:
             return main(argv)
         except ValueError as error:
@@ -78,7 +79,8 @@ KINDS = ("background", "ellipse", "rectangle", "triangle", "cross")  # category 
 
 @functools.lru_cache(maxsize=8)
 def _grid(size):
-    return np.mgrid[0:size, 0:size].astype(np.float32)[::-1] / size + 0.5 / size  # x, y in 0..1
+    """x and y of every pixel's middle, in 0..1: 2 x size x size, float32."""
+    return np.mgrid[0:size, 0:size].astype(np.float32)[::-1] / size + 0.5 / size
 
 
 def _texture(rng, x, y):
@@ -214,6 +216,7 @@ def read_image(path, upright=False):
 def read_id_png(path):
     """Read a panoptic PNG (id = R + 256 G + 65536 B) or a single-channel id PNG as H x W int32. Raises BadInput."""
     def read(image):
+        """Ids of an opened picture, H x W int64 or int32."""
         if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
             image = image.convert({"LA": "L", "PA": "P", "F": "I"}.get(image.mode, "RGB"))
         if image.mode != "RGB":
@@ -320,6 +323,7 @@ def decode_segmentation(segmentation, shape):
 
 
 def _some(ids):
+    """Ids for an error message: the first, and how many more."""
     return f"{ids[0]}" + f" and {len(ids) - 1} more" * (len(ids) > 1)
 
 
@@ -381,10 +385,12 @@ class Folder:
         return len(self.items)
 
     @functools.cached_property
-    def _by_name(self):  # Cityscapes and ADE20K keep images in sub-folders: look them up by their file name
+    def _by_name(self):
+        """Path of each image by its file name: Cityscapes and ADE20K keep images in sub-folders."""
         return {f: os.path.join(d, f) for d, _, names in os.walk(self.images_dir) for f in names}
 
     def _find(self, file_name):
+        """Path of an image that the JSON names."""
         path = self.images_dir / Path(file_name).name
         if os.path.isfile(path):                                           # unlike Path's, False for any name
             return path
@@ -440,6 +446,7 @@ class Folder:
         return [(error.kind, str(error)) for error in wrong]
 
     def _panoptic(self, info, annotations, shape, wrong):
+        """Ids and segments_info of an image in the panoptic layout; what is wrong with them is added to `wrong`."""
         path = self.pngs / Path(annotations[0]["file_name"]).name
         ids, segments = read_id_png(path), annotations[0]["segments_info"]
         if ids.shape != shape and None not in shape:
@@ -452,6 +459,7 @@ class Folder:
         return ids, segments
 
     def _instances(self, info, annotations, shape):
+        """Ids and segments_info of an image in the instances layout. Raises BadInput."""
         crowd, masks = np.zeros(shape, bool), []
         for a in annotations:
             rle = a["segmentation"]
@@ -805,6 +813,7 @@ def encode_ids(ids, num_ids, encoding="bits"):
 def number(kind, low, high=math.inf):
     """An argparse type: int or float in low..high."""
     def parse(text):
+        """The number that `text` says."""
         with contextlib.suppress(ValueError):
             value = kind(text)
             if low <= value <= high and value < math.inf:

@@ -71,8 +71,8 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
     names = [np.unique(np.append(y, 0)) if y.max() >= N else None for y in partial]            # large ids are counted through: 0, 1, 2, ...
     partial = [y if known is None else known.searchsorted(y) for y, known in zip(partial, names)]
-    for image, y, key in zip(images, partial, keys):
-        corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
+    all_corners = [sample.tile_corners(*y.shape, side, overlap) if side else [None] for y in partial]
+    for image, y, key, corners in zip(images, partial, keys, all_corners):
         parts = zip(sample.cut(image, side, corners), sample.cut(y, side, corners)) if side else [(image, y)]
         for corner, (part, ids) in zip(corners, parts):
             known, place, area = np.unique(ids, return_inverse=True, return_counts=True)       # the tile's ids become 1..N-1
@@ -85,8 +85,7 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise), places, parts, ids,
                         votes=votes, batch_size=batch_size, shared=[np.unique(y) for y in ids])
     results, done = [], 0
-    for y, given in zip(partial, names):
-        corners = sample.tile_corners(*y.shape, side, overlap) if side else [None]
+    for y, given, corners in zip(partial, names, all_corners):
         top, tiles = int(y.max()), []
         for (ids, certainty), (*_, back) in zip(found[done:done + len(corners)], pieces[done:]):
             table = np.array([back.get(i, top + i) if i else 0 for i in range(ids.max() + 1)])  # given ids as they were, new ones above them

@@ -96,6 +96,7 @@ class PanopticQuality:
 
     @state.setter
     def state(self, value):
+        """Go on from such an array."""
         self.iou, self.counts = value[:, 0].copy(), np.rint(value[:, 1:]).astype(np.int64)
 
     def result(self):
@@ -253,6 +254,7 @@ def command(main):
     """Make `main(argv)` end on BadInput, or a file that can't be written, with one line on stderr and exit code 2."""
     @functools.wraps(main)
     def run(argv=None):
+        """`main`, with errors in one line."""
         try:
             return main(argv)
         except (BadInput, OSError) as error:
@@ -296,6 +298,7 @@ def bench(processes, cases=MAPS, images=256, rounds=7):
 
     cases: width, height and number of segments of the maps; images: pairs of PNGs to evaluate. Returns the figures by what they measure."""
     def side_by_side(*functions, clock=time.process_time):
+        """Median seconds of each function."""
         times = []
         for _ in range(rounds + 1):                                        # in turn: all see the machine in the same state
             for function in functions:
@@ -304,6 +307,7 @@ def bench(processes, cases=MAPS, images=256, rounds=7):
                 times.append(clock() - began)
         return np.median(np.reshape(times, (rounds + 1, -1))[1:], 0)       # the first round is the warm-up
     def api(gt, pred):
+        """What the panoptic API does to find the pairs."""
         np.unique(gt.astype(np.uint64) * (1 << 24) + pred.astype(np.uint64), return_counts=True)
         np.unique(pred, return_counts=True)
     describe = lambda ids: [{"id": int(i), "category_id": 1} for i in np.unique(ids)]
@@ -323,6 +327,7 @@ def bench(processes, cases=MAPS, images=256, rounds=7):
             own = [{"file_name": f"{(i + shift) % 8}.png", "segments_info": describe(maps[(i + shift) % 8])} for i in range(8)]
             Path(folder, name + ".json").write_text(json.dumps({"annotations": [{"image_id": i, **own[i % 8]} for i in range(images)]}))
         def decode():
+            """All files of a run, and nothing else."""
             for i in range(2 * images):
                 Image.open(files[i % 8]).load()
         run = lambda n: lambda: evaluate(f"{folder}/gt.json", f"{folder}/pred.json", folder, folder, True, n)

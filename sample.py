@@ -268,32 +268,28 @@ def bench(args, device, precision):
 
     Each part is run once to warm up, then three times; the median is printed. Returns the figures."""
     model = diffusion.untrained(args.bench, args.size).to(device, memory_format=torch.channels_last)
-    size, batch, results = model.settings["size"], args.batch_size, {}
+    size, batch, by_steps = model.settings["size"], args.batch_size, {}
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
 
-    def seconds(function):
-        """Median seconds an image that a function takes, and its value."""
-        times = []
-        for _ in range(4):
-            began, value = time.perf_counter(), function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - began) / batch)
-        return float(np.median(times[1:])), value
+    def seconds(functions):
+        """Median seconds an image, by name."""
+        return {name: took / batch for name, took in data.side_by_side(functions, 3, device).items()}
     with ae.autocast(precision, device):
-        encode, image_latent = seconds(lambda: model.encode_image(images))
+        image_latent = model.encode_image(images)
         noise = diffusion.image_noise(0, range(batch), (4, *image_latent.shape[2:]), device)
-        unet, _ = seconds(lambda: model.denoise(noise, image_latent, noise, 500))
-        decode, logits = seconds(lambda: model.decode(noise))
-        post, _ = seconds(lambda: [ae.postprocess(l, size, size, 0.5, model.settings["min_area"]) for l in logits])
+        logits = model.decode(noise)
+        parts = seconds({"image_encoder": lambda: model.encode_image(images), "unet_step": lambda: model.denoise(noise, image_latent, noise, 500),
+                         "decoder": lambda: model.decode(noise),
+                         "postprocess": lambda: [ae.postprocess(l, size, size, 0.5, model.settings["min_area"]) for l in logits]})
         print(f"--model {args.bench}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
-              f"{device.type}, {precision}; seconds an image\n  image encoder {encode:.4f}, UNet {unet:.4f} a step, decoder {decode:.4f}, post-processing {post:.4f}")
+              f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step, "
+              f"decoder {parts['decoder']:.4f}, post-processing {parts['postprocess']:.4f}")
         print(f"{'steps':>6}{'sampling':>10}{'UNet part':>11}{'in all':>9}")
         for steps in args.steps:
-            loop, _ = seconds(lambda: model.sample(image_latent, noise, steps))
-            results[steps] = {"sampling": loop, "in_all": encode + loop + decode + post}
-            print(f"{steps:6}{loop:10.3f}{100 * steps * unet / loop:10.0f}%{results[steps]['in_all']:9.3f}", flush=True)
-    return {"image_encoder": encode, "unet_step": unet, "decoder": decode, "postprocess": post, "by_steps": results}
+            loop = seconds({"sampling": lambda: model.sample(image_latent, noise, steps)})["sampling"]
+            by_steps[steps] = {"sampling": loop, "in_all": parts["image_encoder"] + loop + parts["decoder"] + parts["postprocess"]}
+            print(f"{steps:6}{loop:10.3f}{100 * steps * parts['unet_step'] / loop:10.0f}%{by_steps[steps]['in_all']:9.3f}", flush=True)
+    return {**parts, "by_steps": by_steps}
 
 
 def table_of(figures):

@@ -1159,6 +1159,15 @@ def test_export_is_half_precision_and_samples(tmp_path, trained):
     assert not (tmp_path / "ldm_state.pt").exists()
 
 
+def test_a_run_goes_on_as_its_checkpoint_was_trained(tmp_path, trained):
+    own = ["--iters", "0", "--out", str(tmp_path)]
+    diffusion.main(TINY_LDM + own + ["--ae", str(trained / "ae.pt"), "--self_cond", "0", "--connected", "--export", str(tmp_path / "a.pt")])
+    for flags, self_cond, connected in ((), False, True), (("--self_cond", "0.5", "--no-connected"), True, False):
+        diffusion.main(TINY_LDM + own + ["--ckpt", str(tmp_path / "a.pt"), "--export", str(tmp_path / "b.pt"), *flags])
+        settings = sample.load(tmp_path / "b.pt").settings
+        assert (settings["self_cond"], settings["connected"]) == (self_cond, connected)
+
+
 def test_segment_means_equal_means_over_masks():
     torch.manual_seed(0)
     x, ids = torch.randn(2, 3, 4, 5), torch.randint(0, 6, (2, 12, 10))
