@@ -45,7 +45,7 @@ def inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh=None):
 
 
 @torch.no_grad()
-def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise):
+def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise, reader=None):
     """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0..N-1, 0 = unknown) -> list of ids, certainty.
 
     Parameters: `complete`. A given pixel keeps its id, with certainty 1."""
@@ -53,7 +53,10 @@ def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise):
     inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
     y = torch.from_numpy(np.stack([data.resize_ids(p, size, size) for p in partial]).astype(np.uint8)).to(device)
     z_known, image_latent = model.encode(y), model.encode_image(inputs)
-    M = (F.avg_pool2d((y > 0).float()[:, None], f) >= max(valid, 1e-6)).float()                # B x 1 x h x w
+    share = F.avg_pool2d((y > 0).float()[:, None], f)                      # of a cell's pixels that are given: B x 1 x h x w
+    if reader is not None:
+        z_known = torch.where(share < 1, model.scale * reader.encode(y)[0], z_known)
+    M = (share >= max(valid, 1e-6)).float()                                # B x 1 x h x w
     noise = diffusion.image_noise(seed, keys, (4, *z_known.shape[2:]), device)
     eps0 = diffusion.image_noise(seed, [f"{k} known" for k in keys], (4, *z_known.shape[2:]), device)
     fresh = diffusion.fresh_noise(seed, keys, (4, *z_known.shape[2:]), device) if renoise else None
@@ -62,11 +65,13 @@ def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise):
     return [(np.where(p > 0, p, ids), np.where(p > 0, np.float32(1), certainty)) for p, (ids, certainty) in zip(partial, found)]
 
 
-def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True, votes=1, overlap=0.25, batch_size=16):
+def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True, votes=1, overlap=0.25, batch_size=16,
+             reader=None):
     """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0 = unknown) of any sizes -> list of H x W int32.
 
     valid: share of given pixels from which a latent cell counts as given. Given pixels keep their ids, segments that the model
     adds get ids above them. votes: as in `sample.predict`. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
+    reader: an `ae.Autoencoder` that reads the cells of which only a part is given (ae.py --drop_input).
     A model that was trained on crops works in tiles, and leaves smaller ids aside in one that has more than its N - 1."""
     side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
     names = [np.unique(np.append(y, 0)) if y.max() >= N else None for y in partial]            # large ids are counted through: 0, 1, 2, ...
@@ -82,7 +87,7 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
                 own[kept] = np.arange(len(kept)) + 1
             pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
     parts, ids, places, _ = zip(*pieces)
-    found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise), places, parts, ids,
+    found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise, reader), places, parts, ids,
                         votes=votes, batch_size=batch_size, shared=[np.unique(y) for y in ids])
     results, done = [], 0
     for y, given, corners in zip(partial, names, all_corners):
@@ -118,7 +123,7 @@ def discs(ids, things, radius):
 
 def settings(args):
     """What the flags say, as the last parameters of `complete`."""
-    return args.steps, args.seed, args.valid, args.threshold, *sample.choices(args)
+    return args.steps, args.seed, args.valid, args.threshold, *sample.choices(args), args.reader
 
 
 def evaluate(model, dataset, drop, block, args, baselines=True):
@@ -194,7 +199,8 @@ def main(argv=None):
     add("--block", type=data.positive, default=8, help="side of a block in pixels of the network's input (default %(default)s)")
     add("--valid", type=data.fraction, default=0.5, help="share of given pixels from which a latent cell counts as given (default %(default)s)")
     add("--click", type=data.positive, metavar="R", help="instead of blocks give one disc of this radius (pixels of the picture) on each thing")
-    add("--ae", help="read the given part with this autoencoder instead: one that ae.py --drop_input made from the model's own")
+    add("--ae", help="read partially given latent cells with this autoencoder: one that ae.py --drop_input made from the model's own; "
+        "needs a --valid below the share that is given")
     add("--sweep", action="store_true", help="drop rates 0.1..0.9 x block sizes of 1/32..1/4 of the side")
     add("--image", help="a picture of yours, with --mask")
     add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
@@ -206,12 +212,11 @@ def main(argv=None):
         raise BadInput("--click: clicks on a held-out set; it does not go with --sweep or --image")
     device, *_ = ae.setup(args)
     model, out = sample.open_model(args, device), Path(args.out)
+    args.reader = reader = ae.load_autoencoder(args.ae).to(device) if args.ae else None
     if args.ae:
-        reader = ae.load_autoencoder(args.ae).to(device)
         own = model.autoencoder.decoder.state_dict()
         if reader.settings != model.autoencoder.settings or not all(torch.equal(v, own[k]) for k, v in reader.decoder.state_dict().items()):
             raise BadInput(f"--ae {args.ae}: its decoder is not this model's; make it with ae.py --ckpt MODEL --drop_input")
-        model.autoencoder = reader
     with ae.autocast(ae.pick_precision(args.precision, device), device):
         if args.image:
             return complete_file(model, args, out)

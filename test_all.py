@@ -1087,11 +1087,12 @@ def test_drop_input_teaches_only_the_encoder(tmp_path, trained, capsys):
     one_line_error(capsys, ae.main, flags + ["--drop_input"], "--ckpt")
     # inpaint.py reads the given part with it, and refuses an autoencoder of another model
     base = ["--ckpt", str(trained / "ldm.pt"), "--limit", "2", "--steps", "2", "--num_workers", "0", "--out", str(tmp_path), "--threshold", "0", "--min_area", "0"]
-    made = []
-    for extra in ([], ["--ae", str(tmp_path / "ae.pt")]):
-        inpaint.main(base + ["--json", str(tmp_path / "r.json"), *extra])
-        made.append((tmp_path / "inpaint.png").read_bytes())
-    assert made[0] != made[1]
+    for block, same in ("8", True), ("2", False):                          # it reads the cells of which only a part is given
+        made = []
+        for extra in ([], ["--ae", str(tmp_path / "ae.pt")]):
+            inpaint.main(base + ["--valid", "0.05", "--block", block, "--json", str(tmp_path / "r.json"), *extra])
+            made.append((tmp_path / "inpaint.png").read_bytes())
+        assert (made[0] == made[1]) == same
     ae.main(TINY_AE + ["--iters", "1", "--out", str(tmp_path / "other")])
     one_line_error(capsys, inpaint.main, base + ["--ae", str(tmp_path / "other" / "ae.pt")], "--ae", "decoder")
 
