@@ -603,6 +603,7 @@ def bench(args, device, precision):
             x = torch.cat([torch.randn(batch, 4, *latents.shape[2:], device=device), latents.float(), torch.zeros(batch, 4, *latents.shape[2:], device=device)], 1)
             unet(x, 500, encoder_hidden_states=None).sample.float().square().mean().backward()
         unet.zero_grad()
+    optimizer.state.clear()                                                # its memory
     other = copy.deepcopy(model.unet).to(memory_format=torch.contiguous_format)
     compiled = copy.deepcopy(model.unet) if args.compile else None
     variants = {"channels_last": lambda: pass_(model.unet, precision), "contiguous": lambda: pass_(other, precision)}
