@@ -9,7 +9,7 @@
     python ae.py --kl 0 1e-6 1e-5 1e-4 1e-3               # the same over the weight of a KL term, and a plot (Fig. 9, middle)
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: reconstruction PQ and a picture
     python ae.py --bench                                  # time a step beside its straightforward form, and how it grows
-    python ae.py --ckpt checkpoints/ae.pt --drop_input    # teach its encoder to read partial maps, for inpaint.py --ae (3.3)
+    python ae.py --ckpt checkpoints/ae.pt --drop_input    # teach its encoder to read partial maps, for inpaint.py --ae (4.2)
 
 Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor, y_hat = D(z) logits.
 Writes to --out: ae.pt (last weights), ae_best.pt, ae_state.pt (to --resume from), log.jsonl, ae.png, ae_loss.png.

@@ -1,4 +1,4 @@
-"""data.py: every source of data becomes the same sample (paper: section 4.1 "Dataset", 3.1 "Encoding").
+"""data.py: every source of data becomes the same sample (paper: sections 4.1, and 3.1 "Encoding").
 
     python data.py --data shapes                                  # draw a sheet of built-in scenes
     python data.py --data data/coco --split val2017               # look into a COCO-style folder
@@ -843,7 +843,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8),
                           help="data loader processes of each rank (default %(default)s)")
         if network:
-            self.add_argument("--batch_size", type=positive, help="global batch size, over all ranks")
+            self.add_argument("--batch_size", type=positive, help="in training samples an iteration, over all ranks; in sampling pictures (or tiles) "
+                              "at a time, of each rank (16)")
             self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
 
     def error(self, message):
@@ -908,8 +909,8 @@ def fit(array, side):
     return np.asarray(tile.resize([max(1, round(s * scale)) for s in tile.size], Image.NEAREST if scale > 1 else Image.BICUBIC))
 
 
-def picture(path, rows, captions=(), cell=160, notes=()):
-    """Write rows of H x W x 3 uint8 arrays as one PNG, with a caption over each column and a note beside each row."""
+def sheet(rows, captions=(), cell=160, notes=()):
+    """Rows of H x W x 3 uint8 arrays as one PIL image, with a caption over each column and a note beside each row."""
     top, right = (18 if captions else 0), (max(len(n) for n in notes) * 7 + 6 if notes else 0)
     sheet = Image.new("RGB", (max(map(len, rows)) * (cell + 4) + right, top + len(rows) * (cell + 4)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
@@ -920,8 +921,14 @@ def picture(path, rows, captions=(), cell=160, notes=()):
             sheet.paste(Image.fromarray(fit(array, cell)), (c * (cell + 4), top + r * (cell + 4)))
         if notes:
             draw.text((sheet.width - right + 4, top + r * (cell + 4) + cell // 2), notes[r], "black", font)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    return sheet
+
+
+def picture(path, rows, *captions, **choices):
+    """Write `sheet` as a PNG; without rows nothing."""
+    if rows:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet(rows, *captions, **choices).save(path)
 
 
 def plot(path, curves, xlabel, ylabel, log_y=False, size=(560, 360)):

@@ -653,7 +653,7 @@ def main(argv=None):
     add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
     add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
     add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
-        "segments of their own (default: as in --ckpt, else not)")
+        "segments of their own, but for a sample's largest segment (default: as in --ckpt, else not)")
     add("--cache_latents", metavar="FOLDER", help="keep every training image's latents, as it is and flipped, in a file there (float16), and train "
         "without decoding and encoding images")
     add("--classes", choices=["with", "only"], help="also train the classifier of Table 2: with the UNet, or only it, the rest of --ckpt frozen")

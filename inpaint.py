@@ -72,7 +72,7 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
     valid: share of given pixels from which a latent cell counts as given. Given pixels keep their ids, segments that the model
     adds get ids above them. votes: as in `sample.predict`. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
     reader: an `ae.Autoencoder` that reads the cells of which only a part is given (ae.py --drop_input).
-    A model that was trained on crops works in tiles, and leaves smaller ids aside in one that has more than its N - 1."""
+    A model that was trained on crops works in tiles. Where a picture, or tile, has more than N - 1 ids, the smaller ones are left aside."""
     side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
     names = [np.unique(np.append(y, 0)) if y.max() >= N else None for y in partial]            # large ids are counted through: 0, 1, 2, ...
     partial = [y if known is None else known.searchsorted(y) for y, known in zip(partial, names)]
@@ -210,7 +210,8 @@ def main(argv=None):
         raise BadInput("--image and --mask belong together: give both")
     if args.click and (args.sweep or args.image):
         raise BadInput("--click: clicks on a held-out set; it does not go with --sweep or --image")
-    device, *_ = ae.setup(args)
+    device, _, world = ae.setup(args)
+    ae.alone(world, "inpaint.py")
     model, out = sample.open_model(args, device), Path(args.out)
     args.reader = reader = ae.load_autoencoder(args.ae).to(device) if args.ae else None
     if args.ae:

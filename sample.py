@@ -17,6 +17,7 @@ From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(
 Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
 """
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -116,8 +117,10 @@ def cut(image, side, corners):
 
 def overlaps(a, b):
     """IoU of every segment of one id map with every one of another: ids of the first, ids of the second, their IoU (matrix)."""
-    (of_a, a), (of_b, b) = (np.unique(x, return_inverse=True) for x in (a, b))
-    inter = np.bincount(a.ravel() * len(of_b) + b.ravel(), minlength=len(of_a) * len(of_b)).reshape(len(of_a), -1)
+    present = [np.bincount(x.ravel()) > 0 for x in (a, b)]
+    a, b = ((p.cumsum() - 1)[x.ravel()] for p, x in zip(present, (a, b)))  # ids as 0, 1, 2, ...
+    of_a, of_b = map(np.flatnonzero, present)
+    inter = np.bincount(a * len(of_b) + b, minlength=len(of_a) * len(of_b)).reshape(len(of_a), -1)
     return of_a, of_b, inter / (inter.sum(1)[:, None] + inter.sum(0)[None] - inter)
 
 
@@ -136,19 +139,22 @@ def consensus(found, shared=()):
     """Several samples of one picture (each its ids and their certainty) -> one, by majority: its ids (int32) and their certainty.
 
     Segments of different samples are the same object where IoU > 0.5, which at most one of each sample can have: they are put together
-    from that on which the samples agree most downwards. Every pixel then goes to the object that most samples see there, with the mean
-    certainty of those. Ids in `shared` mean the same in every sample and stay, others are numbered above them."""
+    from that on which the samples agree most downwards. Every pixel then goes to the object that most samples see there, at a tie to the
+    one that they agree on most, with the mean certainty of those samples. Ids in `shared` mean the same in every sample and stay, others
+    are numbered above them."""
     if len(found) == 1:
         return found[0]
-    shared, alike = sorted(set(map(int, shared)) - {0}), {}
+    shared = sorted(set(map(int, shared)) - {0})
     top = max([int(ids.max()) for ids, _ in found] + shared) + 1
     maps = np.stack([ids.astype(np.int64) + k * top for k, (ids, _) in enumerate(found)])      # K x H x W, ids distinct over all
-    for a, b in itertools.product(maps, maps):
+    alike = {int(s): {int(s): 1.0} for s in np.flatnonzero(np.bincount(maps.ravel())) if s % top}           # but for void
+    for a, b in itertools.combinations(maps, 2):
         of_a, of_b, iou = overlaps(a, b)
         for i, k in np.argwhere(iou > 0.5):
-            alike.setdefault(int(of_a[i]), {})[int(of_b[k])] = iou[i, k]
+            if of_a[i] in alike and of_b[k] in alike:
+                alike[of_a[i]][of_b[k]] = alike[of_b[k]][of_a[i]] = iou[i, k]
     groups = [[i + k * top for k in range(len(found))] for i in shared]
-    free = {s for s in alike if s % top} - {s for group in groups for s in group}              # neither void nor in a group yet
+    free = set(alike) - {s for group in groups for s in group}             # in no group yet
     for s in sorted(alike, key=lambda s: -sum(alike[s].values())):
         if s in free:
             groups.append([t for t in alike[s] if t in free])
@@ -157,11 +163,13 @@ def consensus(found, shared=()):
     for g, group in enumerate(groups):
         group_of[group] = g
     seen = group_of[maps]                                                  # K x H x W
-    votes = (seen[:, None] == seen).sum(1)                                 # of each sample's group, how many samples see it there
-    chosen = np.take_along_axis(seen, (votes - seen / seen.size).argmax(0)[None], 0)           # the surest group wins a tie
+    chosen, most = seen[0], 0
+    for group in seen:
+        votes = (seen == group).sum(0) - group / (len(groups) + 1)         # how many samples see it there; at a tie the first group
+        chosen, most = np.where(votes > most, group, chosen), np.maximum(votes, most)
     certainty = np.mean([sure for _, sure in found], 0, where=(seen == chosen), dtype=np.float32)
     names = shared + [max(shared, default=0) + 1 + g for g in range(len(groups) - len(shared))] + [0]
-    return np.array(names, np.int32)[chosen[0]], certainty
+    return np.array(names, np.int32)[chosen], certainty
 
 
 def vote(draw, keys, *pieces, votes, batch_size, shared=None):
@@ -257,7 +265,7 @@ def draw_trajectory(model, images, keys, args, out):
     shown = sorted({round(i) for i in np.linspace(0, len(trace) - 1, 8)})
     data.picture(out / "trajectory.png", [[image, *(decoded[i][k] for i in shown)] for k, image in enumerate(images)],
                  ["image"] + [f"j = {timesteps[i]}" for i in shown])
-    frames = [Image.fromarray(np.concatenate([data.fit(np.concatenate([image, d], 1), 320) for image, d in zip(images, step)])) for step in decoded]
+    frames = [data.sheet(list(zip(images, step))) for step in decoded]
     frames[0].save(out / "trajectory.gif", save_all=True, append_images=frames[1:], duration=[80] * (len(frames) - 1) + [2000], loop=0)
     print(f"-> {out / 'trajectory.png'}, {out / 'trajectory.gif'}")
 
@@ -307,10 +315,10 @@ def find_images(path):
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
     if not files:
         raise BadInput(f"--images {path}: no picture in this folder ({' '.join(sorted(SUFFIXES))})")
-    stems = {}
+    named = {}
     for file in files:
-        if stems.setdefault(file.stem, file) != file:
-            raise BadInput(f"--images {path}: {stems[file.stem].name} and {file.name} would both be written as {file.stem}.png; rename one")
+        if named.setdefault(image_id(file), file) != file:
+            raise BadInput(f"--images {path}: {named[image_id(file)].name} and {file.name} would both be image {image_id(file)}; rename one")
     return files
 
 
@@ -370,8 +378,8 @@ def sampling_flags(parser, renoise):
         help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
     add("--votes", type=data.positive, default=1, metavar="K", help="sample K times, and let the samples vote on every pixel (default %(default)s)")
     add("--crop", type=data.side, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
-    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a sampled segment that do not touch segments of their own, "
-        "but for the largest; completions stay as they are (default: as the checkpoint says)")
+    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a segment that do not touch segments of their own, in each sample "
+        "of each tile, but for its largest segment; completions stay as they are (default: as the checkpoint says)")
     add("--overlap", type=data.number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     parser.set_defaults(batch_size=16, background=None)
@@ -383,7 +391,7 @@ def choices(args):
 
 
 def open_model(args, device):
-    """The checkpoint of the flags, with --size and --min_area applied to it. Raises BadInput."""
+    """The checkpoint of the flags, with --size, --crop, --connected and --min_area applied to it. Raises BadInput."""
     model = load(args.ckpt, device).to(memory_format=torch.channels_last)
     settings, f = model.settings, model.autoencoder.factor
     if args.size and args.size % (4 * f):
@@ -422,6 +430,9 @@ def main(argv=None):
     device, rank, world = ae.setup(args)
     precision = ae.pick_precision(args.precision, device)
     if args.bench:
+        ae.alone(world, "--bench")
+        if args.size and args.size % (4 * ae.MODELS[args.bench]["factor"]):
+            raise BadInput(f"--size {args.size}: must be a multiple of {4 * ae.MODELS[args.bench]['factor']} for --bench {args.bench}")
         figures = bench(args, device, precision)
         if args.json:
             data.write_json(args.json, figures)
@@ -439,9 +450,14 @@ def main(argv=None):
                   f"{out / 'predictions.json'}, {out / 'predictions'}, {out / 'overlays'}")
             if args.json:
                 data.write_json(args.json, {"images": done, "seconds_per_image": seconds})
-            if args.trajectory:
+            if args.trajectory and done:
                 with ae.autocast(precision, device):
-                    shown = [(data.read_image(f, upright=True), f.stem) for f in files[:4]]
+                    shown = []
+                    for file in files:
+                        with contextlib.suppress(BadInput):                # predict_files has named it
+                            shown.append((data.read_image(file, upright=True), file.stem))
+                        if len(shown) == 4:
+                            break
                     draw_trajectory(model, *zip(*shown), args, out)
         ae.leave()
         if broken:

@@ -1669,13 +1669,22 @@ def test_seeds_are_compared_and_the_trajectory_is_drawn(tmp_path, trained, capsy
     result = json.loads((tmp_path / "s.json").read_text())
     assert set(result["by_seed"]) == {"0", "7"} and 0 <= result["agreement"] <= 1 and result["images"] == 3
     with Image.open(tmp_path / "seeds.png") as sheet, Image.open(tmp_path / "trajectory.gif") as movie:
-        assert sheet.size == (3 * 164, 18 + 6 * 164) and movie.n_frames == 4 and movie.size == (320, 3 * 160)
+        assert sheet.size == (3 * 164, 18 + 6 * 164) and movie.n_frames == 4 and movie.size == (2 * 164, 3 * 164)
     one_line_error(capsys, sample.main, flags + ["--seeds", "1", "1"], "--seeds")
     # pictures of any size take part as well
-    Image.fromarray(np.arange(40 * 90 * 3, dtype=np.uint8).reshape(40, 90, 3)).save(tmp_path / "wide.png")
-    sample.main(flags + ["--images", str(tmp_path / "wide.png"), "--trajectory"])
+    (tmp_path / "in").mkdir()
+    for name, shape in ("wide", (40, 90, 3)), ("tall", (90, 40, 3)):
+        Image.fromarray(np.arange(40 * 90 * 3, dtype=np.uint8).reshape(shape)).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in" / "broken.png").write_bytes(b"nothing")
+    one_line_error(capsys, sample.main, flags + ["--images", str(tmp_path / "in"), "--trajectory"], "1 of 3")
     with Image.open(tmp_path / "trajectory.gif") as movie, Image.open(tmp_path / "sample.png") as sheet:
-        assert movie.size == (320, 71) and sheet.size == (3 * 260, 18 + 260)
+        assert movie.size == (2 * 164, 2 * 164) and sheet.size == (3 * 260, 18 + 2 * 260)
+
+
+def test_what_works_in_one_process_refuses_more(tmp_path, trained, capsys, monkeypatch):
+    monkeypatch.setattr(ae, "setup", lambda args: (torch.device("cpu"), 0, 2))
+    for main, flags in (inpaint.main, ["--ckpt", str(trained / "ldm.pt")]), (sample.main, ["--bench", "small"]), (ae.main, ["--bench"]):
+        one_line_error(capsys, main, flags + ["--out", str(tmp_path)], "without torchrun")
 
 
 def test_inpaint_evaluates_drops_and_sweeps(tmp_path, trained, capsys):
@@ -2135,7 +2144,7 @@ def test_bad_checkpoints(tmp_path, trained, capsys):
     (diffusion.main, ["--classes", "only"], "--ckpt"), (diffusion.main, ["--classes", "with", "--batch_size", "1"], "--batch_size"),
     (data.main, ["--data", "nowhere"], "nowhere"), (sample.main, ["--json", "."], "--json"), (data.main, ["--seed", "-1"], "--seed"),
     (inpaint.main, ["--out", __file__], "test_all.py"), (sample.main, ["--steps", "5", "10", "--images", __file__], "--steps"),
-    (sample.main, ["--images", __file__], "test_all.py")])
+    (sample.main, ["--images", __file__], "test_all.py"), (sample.main, ["--bench", "small", "--size", "30"], "--size")])
 def test_bad_flags(tmp_path, trained, capsys, main, flags, word):
     ckpt = ["--ckpt", str(trained / "ldm.pt")] if main in (sample.main, inpaint.main) else []
     base = [] if main is data.main else ckpt or ["--model", "small", "--data", "shapes"]
@@ -2158,6 +2167,10 @@ def test_bad_pictures_and_masks(tmp_path, trained, capsys):
     assert [a["image_id"] for a in json.loads((tmp_path / "o" / "predictions.json").read_text())["annotations"]] == ["good"]   # the good one is not lost
     Image.new("RGB", (20, 20)).save(tmp_path / "in" / "good.bmp")
     one_line_error(capsys, sample.main, ckpt + ["--images", str(good.parent)], "good.bmp", "rename")
+    for name in ("7.png", "007.png"):                                      # in COCO's convention both are image 7
+        (tmp_path / "seven").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "seven" / name)
+    one_line_error(capsys, sample.main, ckpt + ["--images", str(tmp_path / "seven")], "007.png", "rename")
     data.write_id_png(tmp_path / "small.png", np.ones((10, 20)))
     data.write_id_png(tmp_path / "many.png", np.arange(400).reshape(20, 20))
     one_line_error(capsys, inpaint.main, ckpt + ["--image", str(good), "--mask", str(tmp_path / "small.png")], "small.png", "20 x 10")
