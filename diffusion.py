@@ -749,7 +749,8 @@ def main(argv=None):
     ddp = model.classifier if args.classes == "only" else model
     if world > 1:
         ddp = nn.parallel.DistributedDataParallel(ddp, device_ids=[device.index] if device.type == "cuda" else None,
-                                                  broadcast_buffers=bool(args.classes))    # batch norm's
+                                                  broadcast_buffers=bool(args.classes),    # batch norm's
+                                                  gradient_as_bucket_view=True)            # no second copy of the gradients (sd: 3.4 GB)
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)
 
     start, best, losses, skipped = 0, -1.0, [], torch.zeros(2, device=device)
