@@ -809,7 +809,7 @@ class Meter:
         for name, (size, make) in cases.items():
             need, seconds = (last[1] * size / last[0], 3 * last[2] * size / last[0]) if last else (0, 0)
             if need > 0.9 * self.free() or seconds > self.limit:
-                print(f"{what} {name}: left out, it would take some {need:.0f} GB and {seconds:.0f} s")
+                print(f"{what} {name}: left out, it might take up to {need:.0f} GB and {seconds:.0f} s")
                 break
             try:
                 if self.device.type == "cuda":

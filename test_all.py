@@ -1422,7 +1422,7 @@ def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch
     ours, plain = (figures["loss"][k] for k in ("as trained", "straightforward"))
     assert ours == pytest.approx(plain, rel=1e-5) and ours > 1               # both forms give the same value
     assert figures["seconds"].keys() == figures["loss"].keys() and figures["tflops"] > 0 < figures["matmul_tflops"]
-    assert "batch 2: left out, it would take some" in printed and list(figures["by_batch"]) == ["1"]
+    assert "batch 2: left out, it might take up to" in printed and list(figures["by_batch"]) == ["1"]
     diffusion.main(common + ["--size", "32", "--self_cond", "1"])
     figures, printed = json.loads((tmp_path / "x.json").read_text()), capsys.readouterr().out
     assert {"UNet alone", "step, image latents cached", "step, images encoded"} <= figures["seconds"].keys() and "left out" in printed
