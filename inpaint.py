@@ -86,9 +86,9 @@ def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshol
             if known[-1] >= N:
                 own[kept] = np.arange(len(kept)) + 1
             pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
-    parts, ids, places, _ = zip(*pieces)
+    parts, ids, places, backs = zip(*pieces)
     found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise, reader), places, parts, ids,
-                        votes=votes, batch_size=batch_size, shared=[np.unique(y) for y in ids])
+                        votes=votes, batch_size=batch_size, shared=backs)
     results, done = [], 0
     for y, given, corners in zip(partial, names, all_corners):
         top, tiles = int(y.max()), []

@@ -470,8 +470,7 @@ def main(argv=None):
             first = [dataset[i] for i in range(min(4, len(dataset)))]
             draw_trajectory(model, [s["image"] for s in first], [s["image_id"] for s in first], args, out)
     if args.seeds:
-        if world > 1:
-            raise BadInput("--seeds: compares in one process; start it without torchrun")
+        ae.alone(world, "--seeds")
         with ae.autocast(precision, device):
             by_seed, agreed = compare_seeds(model, dataset, args, out)
         print(f"{len(dataset)} images, {args.steps[-1]} steps\n{'seed':>6}{table_of(by_seed[args.seeds[0]])[0]}")

@@ -1683,7 +1683,8 @@ def test_seeds_are_compared_and_the_trajectory_is_drawn(tmp_path, trained, capsy
 
 def test_what_works_in_one_process_refuses_more(tmp_path, trained, capsys, monkeypatch):
     monkeypatch.setattr(ae, "setup", lambda args: (torch.device("cpu"), 0, 2))
-    for main, flags in (inpaint.main, ["--ckpt", str(trained / "ldm.pt")]), (sample.main, ["--bench", "small"]), (ae.main, ["--bench"]):
+    for main, flags in (inpaint.main, ["--ckpt", str(trained / "ldm.pt")]), (sample.main, ["--bench", "small"]), (ae.main, ["--bench"]), \
+            (sample.main, ["--ckpt", str(trained / "ldm.pt"), "--seeds", "0", "1"]):
         one_line_error(capsys, main, flags + ["--out", str(tmp_path)], "without torchrun")
 
 
