@@ -14,8 +14,11 @@
 Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor, y_hat = D(z) logits.
 Writes to --out: ae.pt (last weights), ae_best.pt, ae_state.pt (to --resume from), log.jsonl, ae.png, ae_loss.png.
 """
+import argparse
 import contextlib
 import copy
+import functools
+import itertools
 import json
 import math
 import os
@@ -26,13 +29,6 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
 import data
 import pq
 from data import BadInput, is_main
@@ -42,6 +38,34 @@ MODELS = {
     "sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16, lr=1e-4, schedule="constant"),
     "small": dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32, lr=2e-3, schedule="cosine"),
 }
+
+parser = data.Parser(__doc__, out="checkpoints", mix=True)
+data.training_flags(parser, MODELS)
+add = parser.add_argument
+add("--arch", choices=["shallow", "sd_vae"], nargs="+", help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, "
+    "from --sd or with --model small narrow and untrained; both are compared (default shallow)")
+add("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
+add("--encoding", choices=data.ENCODINGS, nargs="+", help="of the ids at the input; several are compared (default bits)")
+add("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
+add("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck (not of a VAE from --sd)")
+add("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
+add("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
+add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="compute activations again in the backward pass "
+    "instead of keeping them: less memory, the same gradients (default: only with sd and without a GPU, where it takes no longer)")
+add("--drop_input", action="store_true", help="train only the encoder of --ckpt: a partially dropped map should get the "
+    "latents of the full one (decoder and diffusion model stay as they are)")
+add("--bench", action="store_true", help="only time a step, with random weights and made-up maps")
+add("--kl", type=data.amount, nargs="+", default=0.0, help="weight of a KL term; several are compared (default %(default)s)")
+if __name__ == "__main__":
+    parser.at_once()                                                       # --help and wrong flags need not wait for torch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------- the model
 
@@ -54,12 +78,28 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Double(nn.ConvTranspose2d):
+    """The transposed convolution of kernel and stride 2 as the matrix product that it is: each pixel becomes 2 x 2."""
+
+    def forward(self, x):
+        """B x C x H x W -> B x D x 2H x 2W."""
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)             # 4D x C
+        x = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))   # B x H x W x 4D
+        x = x.unflatten(3, (2, 2, -1)).transpose(2, 3)                     # B x H x 2 x W x 2 x D
+        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
+# keeps only the input of a function for the backward pass, which calls it again
+recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
 class Autoencoder(nn.Module):
     """The shallow autoencoder (paper 3.1, "Architectural Design"); 2.02 M parameters at the paper's setting.
 
     num_ids: N, a power of two up to 256; factor: f, 8 or 4 ("shallower"); width: channels at the bottleneck."""
 
     arch = "shallow"
+    checkpointing = False
 
     def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, latent_channels=4):
         super().__init__()
@@ -76,19 +116,32 @@ class Autoencoder(nn.Module):
             nn.GroupNorm(32, c, eps=1e-6), nn.SiLU(), nn.Conv2d(c, 2 * latent_channels, 3, padding=1))
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, c, 3, padding=1), nn.Identity(),
-            nn.ConvTranspose2d(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU(),
-            nn.ConvTranspose2d(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU(),
+            Double(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU(),
+            Double(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU(),
             nn.GroupNorm(32, c, eps=1e-5), nn.SiLU(), nn.Conv2d(c, num_ids, 3, padding=1))
+        self.ends = {self.encoder: range(4, 4 + 3 * stages, 3), self.decoder: (3, 6, 8, 10)}       # of the stages of `run`
+
+    def enable_gradient_checkpointing(self):
+        """Compute activations again in the backward pass instead of keeping them: half the memory, the same gradients."""
+        self.checkpointing = True
+
+    def run(self, layers, x):
+        """Encoder or decoder (`layers`) on x; when checkpointing, stage by stage. A convolution that ends a stage is not computed again."""
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return layers(x)
+        for begin, end in itertools.pairwise((0, *self.ends[layers], len(layers))):
+            x = recompute(layers[begin:end], x)
+        return x
 
     def encode(self, ids):
         """Ids (B x H x W, 0..N-1, 0 = void or unknown) -> mean and log-variance of z, each B x 4 x H/f x W/f."""
         x = data.encode_ids(ids, self.num_ids, self.encoding)              # B x n x H x W
-        mean, logvar = self.encoder(x).chunk(2, dim=1)                     # B x 4 x h x w
+        mean, logvar = self.run(self.encoder, x).chunk(2, dim=1)           # B x 4 x h x w
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """Latent (B x 4 x h x w) -> logits over ids (B x N x 4h x 4w; SDAutoencoder: x fh x fw)."""
-        return self.decoder(z)
+        return self.run(self.decoder, z)
 
     def forward(self, ids, noise=None):
         """One training pass: ids -> logits at z ~ N(mean, var), mean, logvar. noise: B x 4 x h x w, drawn if None."""
@@ -119,6 +172,11 @@ class SDAutoencoder(Autoencoder):
         self.num_ids, self.encoding = num_ids, encoding
         self.factor, self.width = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.block_out_channels[-1]
         self.settings = dict(num_ids=num_ids, encoding=encoding, factor=self.factor, width=self.width, vae=plain(vae.config))
+
+    def enable_gradient_checkpointing(self):
+        """The same with the means of diffusers."""
+        for part in (self.encoder[0], self.decoder[1]):
+            part.gradient_checkpointing, part._gradient_checkpointing_func = True, recompute
 
 
 def from_settings(settings):
@@ -606,33 +664,6 @@ def flags(args):
     return {k: v for k, v in vars(args).items() if k not in FREE}
 
 
-def training_flags(parser, models):
-    """The flags that both training scripts have; defaults that depend on --model stand in its table."""
-    add = parser.add_argument
-    add("--model", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default: that of --ckpt, else sd)")
-    add("--sd", default="CompVis/stable-diffusion-v1-4", metavar="ID_OR_FOLDER",
-        help="Stable Diffusion's weights for --model sd: hub id, folder with unet/ and vae/, or 'none' for untrained ones (default %(default)s)")
-    add("--train_split", nargs="+", help="one name, or one for each set of --data (default: that of --ckpt, else train2017)")
-    add("--val_split", help="(default: that of --ckpt, else val2017)")
-    add("--iters", type=data.natural, help="iterations")
-    add("--lr", type=data.amount, help="peak learning rate of AdamW")
-    add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after the warm-up")
-    add("--warmup", type=data.natural, default=200, help="iterations of linear warm-up (default %(default)s)")
-    add("--weight_decay", type=data.amount, default=0.05, help="of AdamW (default %(default)s)")
-    add("--accum", type=data.positive, help="gradient accumulation steps in a batch (default 1; stage 2 of sd: 32 samples each)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
-    add("--min_segment", type=data.natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
-    add("--crop", type=data.side, metavar="PX", help="train on random squares of so many pixels of a picture, and sample larger ones by tiles; "
-        "0: on whole pictures (default: as in --ckpt, else 0)")
-    add("--turns", action="store_true", help="turn training pictures by random quarters, where no side is up")
-    add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
-    add("--resume", action="store_true", help="continue the run in --out from its last saved state")
-    add("--log_every", type=data.positive, default=50, help="iterations (default %(default)s)")
-    add("--save_every", type=data.positive, default=1000, help="iterations between saved states (default %(default)s)")
-    add("--eval_every", type=data.positive, default=1000, help="iterations between evaluations (default %(default)s)")
-    add("--eval_images", type=data.positive, default=256, help="validation images of an evaluation (default %(default)s)")
-
-
 def parse(parser, models, argv, kind):
     """Parse flags; what was not given is as in --ckpt, else as in the table of --model. Raises BadInput."""
     args = parser.parse_args(argv)
@@ -767,27 +798,41 @@ def min_area(size):
 
 
 class Meter:
-    """Memory and time of the steps that a bench tries. Peaks of the CPU are the process's, so that they can only grow."""
+    """Memory and time of the steps that a bench tries."""
 
     def __init__(self, device, limit=600):
         self.device, self.limit = device, limit
-        self.start = self.gigabytes()
+
+    def reset(self):
+        """Let `gigabytes` begin anew: on CUDA, and on Linux; elsewhere peaks of the CPU can only grow."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
 
     def gigabytes(self):
-        """Most memory in use so far."""
+        """Most memory in use since `reset`: on CUDA that of the tensors, on the CPU that of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 1e9
-        import resource                                                    # not on Windows
+        with contextlib.suppress(OSError):
+            return self._kilobytes("/proc/self/status", "VmHWM") / 1e6
+        import resource                                                    # macOS; there is none on Windows
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
 
-    def free(self):
-        """Gigabytes that are left, where the system says so."""
+    def limit_gigabytes(self):
+        """What `gigabytes` can become: memory that is free, and what this process has; infinity where the system does not say."""
         if self.device.type == "cuda":
-            return torch.cuda.mem_get_info()[0] / 1e9
+            return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / 1e9
         try:
-            return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) / 1e6
-        except (OSError, TypeError):
+            return (self._kilobytes("/proc/meminfo", "MemAvailable") + self._kilobytes("/proc/self/status", "VmRSS")) / 1e6
+        except OSError:
             return math.inf
+
+    @staticmethod
+    def _kilobytes(file, name):
+        """An entry of a file of Linux's. Raises OSError elsewhere."""
+        return int(re.search(rf"{name}:\s+(\d+)", Path(file).read_text())[1])
 
     @staticmethod
     def tflop(step):
@@ -805,23 +850,26 @@ class Meter:
 
     def growth(self, what, cases, step):
         """Time step(make()) for growing cases: {name: (relative size, make)}. Leaves out, by name, what memory or time won't allow."""
-        results, last = {}, None
+        results, done = {}, []                                             # done: size, gigabytes, seconds
         for name, (size, make) in cases.items():
-            need, seconds = (last[1] * size / last[0], 3 * last[2] * size / last[0]) if last else (0, 0)
-            if need > 0.9 * self.free() or seconds > self.limit:
-                print(f"{what} {name}: left out, it might take up to {need:.0f} GB and {seconds:.0f} s")
+            need, seconds = 0, 0
+            if done:
+                (s0, m0, _), (s1, m1, t1) = done[-2:] if len(done) > 1 else [(0, 0, 0), done[-1]]
+                need = m1 + max(m1 - m0, 0) * (size - s1) / max(s1 - s0, 1e-9)                 # along a line; two runs, the first to warm up
+                seconds = 2 * t1 * size / s1
+            if need > 0.9 * self.limit_gigabytes() or seconds > self.limit:
+                print(f"{what} {name}: left out, it would take some {need:.0f} GB and {seconds:.0f} s")
                 break
             try:
-                if self.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
                 case = make()
+                self.reset()
                 took = data.side_by_side({name: lambda: step(case)}, 1, self.device)[name]
             except torch.OutOfMemoryError:
                 print(f"{what} {name}: left out, out of memory")
                 break
             results[str(name)] = {"seconds": took, "gigabytes": self.gigabytes()}
-            last = size, max(self.gigabytes() - self.start, 0.1), took
-            print(f"{what} {name:>6}: {took:9.3f} s  {took / size:9.4f} s each  {self.gigabytes():7.2f} GB at most so far", flush=True)
+            done.append((size, self.gigabytes(), took))
+            print(f"{what} {name:>6}: {took:9.3f} s  {took / size:9.4f} s each  {self.gigabytes():7.2f} GB", flush=True)
         return results
 
 
@@ -833,13 +881,11 @@ def segments_map(batch, size, count, device):
 
 
 def bench(args, device, precision):
-    """A step of stage 1 beside its straightforward form, with random weights and made-up maps; how it grows. Returns the figures."""
-    class PlainNorm(nn.Module):
-        """The channels' LayerNorm, written out over B x C x H x W."""
+    """A step of stage 1 beside its straightforward form, with random weights and made-up maps; how it grows. Returns the figures.
 
-        def __init__(self, norm):
-            super().__init__()
-            self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+    Memory is what a step takes beyond what there was before the first."""
+    class PlainNorm(ChannelNorm):
+        """The channels' LayerNorm, written out over B x C x H x W."""
 
         def forward(self, x):
             """B x C x H x W -> B x C x H x W."""
@@ -867,14 +913,13 @@ def bench(args, device, precision):
 
     torch.manual_seed(0)
     meter, size = Meter(device), args.size
-    batch = args.batch_size if device.type == "cuda" or args.model == "small" else 1
+    batch = args.batch_size if device.type == "cuda" or args.model == "small" else min(args.batch_size, 4)
     points = lambda size: max(256, round(12544 * (size / 512) ** 2))
     model = Autoencoder(args.num_ids, args.encoding or "bits", args.factor, args.width).to(device, memory_format=torch.channels_last)
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    for parent in list(plain.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, ChannelNorm):
-                setattr(parent, name, PlainNorm(child))
+    thrifty, plain = copy.deepcopy(model), copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    thrifty.enable_gradient_checkpointing()
+    for layer in plain.decoder:
+        layer.__class__ = {ChannelNorm: PlainNorm, Double: nn.ConvTranspose2d}.get(type(layer), type(layer))
 
     def step(model, loss, ids):
         """Forward, loss, backward; the loss."""
@@ -885,24 +930,26 @@ def bench(args, device, precision):
         value.backward()
         model.zero_grad()
         return value.detach()
-    ids, names = segments_map(batch, size, min(30, args.num_ids - 1), device), ("as trained", "straightforward")
-    start, values, peaks = meter.gigabytes(), [], []
-    for net, loss in ((model, losses), (plain, plain_losses)):             # the smaller first: peaks only grow
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        values.append(step(net, loss, ids).item())
-        peaks.append(meter.gigabytes() - start * (device.type != "cuda"))
-    seconds = data.side_by_side({names[0]: lambda: step(model, losses, ids), names[1]: lambda: step(plain, plain_losses, ids)}, 5, device)
+    ids = segments_map(batch, size, min(30, args.num_ids - 1), device)
+    cases = {"with --gradient_checkpointing": (thrifty, losses), "without": (model, losses), "straightforward": (plain, plain_losses)}
+    meter.reset()
+    start, values, peaks = meter.gigabytes(), {}, {}
+    for name, (net, loss) in cases.items():                                # the smaller first, where peaks can only grow
+        meter.reset()
+        values[name] = step(net, loss, ids).item()
+        peaks[name] = meter.gigabytes() - start
+    seconds = data.side_by_side({name: functools.partial(step, *case, ids) for name, case in cases.items()}, 3, device)
     rate = meter.matmul_rate(precision)
-    reached = meter.tflop(lambda: step(model, losses, ids)) / seconds[names[0]]
+    reached = meter.tflop(lambda: step(model, losses, ids)) / seconds["without"]
     print(f"--model {args.model}, untrained: {size} px, N = {args.num_ids}, batch {batch}, {device.type}, {precision}; forward, losses and backward")
-    for name, value, peak in zip(names, values, peaks):
-        print(f"{name:>16}: {seconds[name]:8.3f} s  {batch / seconds[name]:8.2f} images/s  {peak:6.2f} GB  loss {value:.5f}")
-    print(f"as trained / straightforward: time {seconds[names[0]] / seconds[names[1]]:.2f}, memory {peaks[0] / max(peaks[1], 1e-9):.2f}")
-    print(f"{reached:.3f} TFLOP/s, {100 * reached / rate:.0f}% of a matrix product's {rate:.3f}")
-    figures = {"seconds": seconds, "loss": dict(zip(names, values)), "gigabytes": dict(zip(names, peaks)), "tflops": reached, "matmul_tflops": rate}
-    del plain
-    forward = lambda ids: step(model, losses, ids)
+    *_, straight = cases
+    for name in cases:
+        print(f"{name:>29}: {seconds[name]:8.3f} s  {batch / seconds[name]:8.2f} images/s  {peaks[name]:6.2f} GB  loss {values[name]:.5f}; "
+              f"of straightforward: time {seconds[name] / seconds[straight]:.2f}, memory {peaks[name] / max(peaks[straight], 1e-9):.2f}")
+    print(f"without: {reached:.3f} TFLOP/s, {100 * reached / rate:.0f}% of a matrix product's {rate:.3f}")
+    figures = {"seconds": seconds, "loss": values, "gigabytes": peaks, "tflops": reached, "matmul_tflops": rate}
+    chosen = thrifty if args.gradient_checkpointing else model
+    forward = lambda ids: step(chosen, losses, ids)
     one = segments_map(1, size, min(30, args.num_ids - 1), device)
     maps = lambda size, count: lambda: segments_map(1, size, min(count, args.num_ids - 1), device)
     figures["by_segments"] = meter.growth("segments", {k: (1, maps(size, k)) for k in (5, 15, 30, 60, 120) if k < args.num_ids}, forward)
@@ -914,39 +961,25 @@ def bench(args, device, precision):
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 1."""
-    parser = data.Parser(__doc__, out="checkpoints", mix=True)
-    training_flags(parser, MODELS)
-    parser.add_argument("--arch", choices=["shallow", "sd_vae"], nargs="+", help="shallow: the paper's; sd_vae: Stable Diffusion's VAE, "
-                        "from --sd or with --model small narrow and untrained; both are compared (default shallow)")
-    parser.add_argument("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N, ids and logit channels; id 0 is void")
-    parser.add_argument("--encoding", choices=data.ENCODINGS, nargs="+", help="of the ids at the input; several are compared (default bits)")
-    parser.add_argument("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
-    parser.add_argument("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck (not of a VAE from --sd)")
-    parser.add_argument("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
-    parser.add_argument("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
-    parser.add_argument("--drop_input", action="store_true", help="train only the encoder of --ckpt: a partially dropped map should get the "
-                        "latents of the full one (decoder and diffusion model stay as they are)")
-    parser.add_argument("--bench", action="store_true", help="only time a step, with random weights and made-up maps")
-    parser.add_argument("--kl", type=data.amount, nargs="+", default=0.0, help="weight of a KL term; several are compared (default %(default)s)")
     args = parse(parser, MODELS, argv, "ae")
     if compare(main, argv, args, ("arch", "encoding", "kl")):
         return
-    if args.bench:
-        if args.size % (4 * args.factor):                                  # growth halves it
-            raise BadInput(f"--size {args.size}: must be a multiple of {4 * args.factor} with --bench")
-        device, _, world = setup(args)
-        alone(world, "--bench")
-        figures = bench(args, device, pick_precision(args.precision, device))
-        return args.json and data.write_json(args.json, figures)
     args.accum, args.encoding, args.arch, args.crop = args.accum or 1, args.encoding or "bits", args.arch or "shallow", args.crop or 0
     if args.drop_input and not args.ckpt:
         raise BadInput("--drop_input: teaches the encoder of a trained autoencoder; give it with --ckpt")
+    multiple = (4 if args.bench else 2) * args.factor                      # growth halves it
+    if args.size % multiple:
+        raise BadInput(f"--size {args.size}: must be a multiple of {multiple}{' with --bench' * args.bench}")
     device, rank, world = setup(args)
-    check_batch(args, world)
-    if args.size % (2 * args.factor):
-        raise BadInput(f"--size {args.size}: must be a multiple of {2 * args.factor}")
-    args.points = args.points or max(256, round(12544 * (args.size / 512) ** 2))
     precision = pick_precision(args.precision, device)
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.model == "sd" and device.type == "cpu"
+    if args.bench:
+        alone(world, "--bench")
+        figures = bench(args, device, precision)
+        return args.json and data.write_json(args.json, figures)
+    check_batch(args, world)
+    args.points = args.points or max(256, round(12544 * (args.size / 512) ** 2))
 
     # data
     val_source = data.open_data(args.data, args.val_split, args.crop or args.size, args.seed, args.background)
@@ -967,6 +1000,8 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last).train()
     teacher = copy.deepcopy(model).eval() if args.drop_input else None
     model.decoder.requires_grad_(not args.drop_input)
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ddp = nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
@@ -988,7 +1023,7 @@ def main(argv=None):
         log(out / "log.jsonl", stage="ae", start=start, seed=args.seed)
 
     # training: eq. 2
-    batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
+    batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers, device.type == "cuda"))
     progress = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=not is_main(), unit="it", mininterval=1)
     seen, clock, result, stop = 0, time.time(), None, Stop()
     for it in progress:

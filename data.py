@@ -18,10 +18,12 @@ The end of the file holds what all scripts share: command line, one-line errors,
 """
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -32,9 +34,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
+import numpy as np  # torch is imported where it is used, since it takes seconds and --help should not
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -493,7 +493,7 @@ def check(folder, splits=None, num_ids=128, background="segment", num_workers=0)
     images, counts = 0, {}
     for split, source in [(s, Folder(folder, s, background)) for s in splits]:                 # structural faults come first
         read = functools.partial(source.faults, num_ids=num_ids)           # runs in the workers
-        found = torch.utils.data.DataLoader(range(len(source)), batch_size=None, collate_fn=read, num_workers=num_workers)
+        found = loader(range(len(source)), batch_size=None, collate_fn=read, num_workers=num_workers)
         for kind, line in (fault for faults in tqdm(found, split, unit="image", mininterval=1) for fault in faults):
             tqdm.write(f"{kind}: {line}")
             counts[kind] = counts.get(kind, 0) + 1
@@ -534,11 +534,6 @@ def resize_ids(ids, height, width):
 def resize_image(image, size):
     """Squash an H x W x 3 uint8 image to size x size without cropping (bicubic, antialiased)."""
     return image if image.shape[:2] == (size, size) else to_rgb(Image.fromarray(image), size)
-
-
-def to_tensor(image):
-    """H x W x 3 uint8 array -> 3 x H x W uint8 tensor."""
-    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
 
 
 def relabel(ids, segments_info, num_ids, rng, min_area=0, mapping=None):
@@ -583,20 +578,22 @@ def crop_sample(sample, side, rng):
 
 def jitter_image(image, amount, rng):
     """Random brightness and contrast, each times 1 - amount .. 1 + amount: 3 x H x W uint8 -> the same."""
-    brightness, contrast = rng.uniform(1 - amount, 1 + amount, 2)
-    image = image.float() * float(brightness)
-    return torch.lerp(image.mean(), image, float(contrast)).round().clamp(0, 255).byte()
+    brightness, contrast = rng.uniform(1 - amount, 1 + amount, 2).astype(np.float32)
+    image = image.astype(np.float32) * brightness
+    mean = image.mean()
+    return (mean + contrast * (image - mean)).round().clip(0, 255).astype(np.uint8)
 
 
 @functools.cache
 def say_once(line, every_rank=False):
     """Print a line once: on rank 0 (or on every one), and there in the first of its data loader workers only."""
-    worker = torch.utils.data.get_worker_info()
+    from torch.utils.data import get_worker_info
+    worker = get_worker_info()
     if (is_main() or every_rank) and (worker is None or worker.id == 0):
         tqdm.write(line, file=sys.stderr)                                  # on a line of its own beside a progress bar
 
 
-class Training(torch.utils.data.Dataset):
+class Training:
     """Sample n of an endless training stream (paper 4.1): square resize, horizontal flip, random distinct ids.
 
     Not in the paper, and off by default: crop, a random square of so many pixels in place of the whole picture; turns by
@@ -605,9 +602,9 @@ class Training(torch.utils.data.Dataset):
     n counts through all epochs, ranks and workers, and all randomness comes from (seed, n): whoever draws sample n
     draws the same one, which makes runs reproducible over workers and resumable in mid-epoch. In place of an image that
     can't be read comes another one, which follows from (seed, n) too; `say_left_out` lists them.
-    Gives image (3 x size x size, uint8; empty with images=False, which spares decoding them), ids (size x size, uint8,
-    0 = void, others distinct in 1..num_ids-1), and with `classes` the class of each id (num_ids, int64): its category's
-    place in source.categories, -1 where there is none."""
+    Gives arrays: image (3 x size x size, uint8; empty with images=False, which spares decoding them), ids (size x size,
+    uint8, 0 = void, others distinct in 1..num_ids-1), and with `classes` the class of each id (num_ids, int64): its
+    category's place in source.categories, -1 where there is none."""
 
     def __init__(self, source, size, num_ids, seed=0, flip=True, min_area=10, classes=False, images=True, crop=0, turns=False, jitter=0.0):
         self.crop, self.turns, self.jitter = crop, turns, jitter
@@ -615,7 +612,7 @@ class Training(torch.utils.data.Dataset):
         self.source, self.size, self.num_ids, self.seed, self.images = source, size, num_ids, seed, images
         self.flip, self.min_area, self.epoch = flip, min_area, None
         self.classes = {c["id"]: i for i, c in enumerate(source.categories)} if classes else None
-        self.broken = torch.zeros(len(source), dtype=torch.bool).share_memory_()               # shared with the workers, which fill it
+        self.broken = multiprocessing.RawArray(ctypes.c_bool, len(source))                     # shared with the workers, which fill it
 
     def _sample(self, index, n):
         """Item `index` of the source, or what takes its place, after its own index. Raises BadInput if nothing can be read."""
@@ -650,23 +647,23 @@ class Training(torch.utils.data.Dataset):
             sample = crop_sample(sample, self.crop, rng)
         new_id = {}
         ids = relabel(sample["ids"], sample["segments_info"], self.num_ids, rng, self.min_area, new_id)
-        ids = torch.from_numpy(resize_ids(ids, self.size, self.size))
-        image = torch.empty(0, 0, dtype=torch.uint8)
+        ids, image = resize_ids(ids, self.size, self.size), np.empty((0, 0), np.uint8)
         if self.images and self.latents is None:
-            image = to_tensor(resize_image(sample["image"], self.size))
+            image = resize_image(sample["image"], self.size).transpose(2, 0, 1)                # 3 x size x size
         flipped = self.flip and rng.random() < 0.5
         if flipped:
-            image, ids = image.flip(-1), ids.flip(-1)
+            image, ids = image[..., ::-1], ids[..., ::-1]
         if self.latents is not None:                                       # an encoder's latents of a flipped image are no flipped latents
-            image = torch.from_numpy(memory_map(self.latents)[int(flipped), index])
+            image = memory_map(self.latents)[int(flipped), index]
         if self.turns:
             quarters = int(rng.integers(4))
-            image, ids = image.rot90(quarters, (-2, -1)), ids.rot90(quarters, (-2, -1))
+            image, ids = (np.rot90(x, quarters, (-2, -1)) for x in (image, ids))
         if self.jitter and self.images:
             image = jitter_image(image, self.jitter, rng)
+        image, ids = np.ascontiguousarray(image), np.ascontiguousarray(ids)
         if self.classes is None:
             return image, ids
-        classes = torch.full((self.num_ids,), -1)
+        classes = np.full(self.num_ids, -1)
         for s in sample["segments_info"]:
             classes[new_id.get(s["id"], 0)] = self.classes.get(s.get("category_id"), -1)
         classes[0] = -1                                                    # void, crowd
@@ -679,7 +676,13 @@ def memory_map(path):
     return np.load(path, mmap_mode="c")                                    # "c": copied on a write, which PyTorch wants to be possible
 
 
-class Images(torch.utils.data.Dataset):
+def loader(dataset, **choices):
+    """PyTorch's DataLoader."""
+    from torch.utils.data import DataLoader
+    return DataLoader(dataset, **choices)
+
+
+class Images:
     """Only the images of a source, for `indices`: index and image at the network's size (3 x size x size, uint8), None if it is broken."""
 
     def __init__(self, source, size, indices):
@@ -690,12 +693,12 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         try:
-            return self.indices[k], to_tensor(self.source.sample(self.indices[k], self.size)["image"])
+            return self.indices[k], self.source.sample(self.indices[k], self.size)["image"].transpose(2, 0, 1)
         except BadInput:
             return self.indices[k], None
 
 
-class Mixed(torch.utils.data.Dataset):
+class Mixed:
     """Sample n of several endless training streams, which take turns. parts: a Training each."""
 
     def __init__(self, parts):
@@ -717,7 +720,7 @@ def open_training(names, splits, size, num_ids, seed=0, background="segment", **
 def say_left_out(dataset, over_ranks):
     """At the end of a training: rank 0 prints which images could not be read. over_ranks: sums an array over all processes."""
     for part in getattr(dataset, "parts", [dataset]):
-        indices = np.flatnonzero(over_ranks(part.broken.double()))
+        indices = np.flatnonzero(over_ranks(np.array(part.broken, np.float64)))
         if is_main() and len(indices):
             print(f"{len(indices)} of {len(part.source)} images left out, others took their place:")
             for index in indices.tolist():
@@ -727,7 +730,7 @@ def say_left_out(dataset, over_ranks):
                     print(f"  {error}")
 
 
-class Evaluation(torch.utils.data.Dataset):
+class Evaluation:
     """The samples as they are; a broken one is a BadInput. crop: of each picture only one square of so many pixels, always the same."""
 
     def __init__(self, source, limit=None, crop=0):
@@ -746,16 +749,15 @@ class Evaluation(torch.utils.data.Dataset):
         return sample
 
 
-def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1, num_workers=0):
-    """Iterate over training batches first..last-1: images (B x 3 x S x S, uint8), ids (B x S x S, uint8)[, classes (B x N)].
+def training_batches(dataset, first, last, batch_size, rank=0, world=1, accum=1, num_workers=0, pin_memory=False):
+    """Iterate over training batches first..last-1, tensors: images (B x 3 x S x S, uint8), ids (B x S x S, uint8)[, classes (B x N)].
 
     batch_size is global: of each batch, rank r of `world` takes its share, in `accum` pieces."""
     per_rank = batch_size // world
     share = per_rank // accum
     starts = [it * batch_size + rank * per_rank + k * share for it in range(first, last) for k in range(accum)]
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=[range(s, s + share) for s in starts], num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(), persistent_workers=False, prefetch_factor=4 if num_workers else None)
+    return loader(dataset, batch_sampler=[range(s, s + share) for s in starts], num_workers=num_workers, pin_memory=pin_memory,
+                  prefetch_factor=4 if num_workers else None)
 
 
 def evaluation_batches(dataset, batch_size, rank=0, world=1, num_workers=0):
@@ -763,10 +765,8 @@ def evaluation_batches(dataset, batch_size, rank=0, world=1, num_workers=0):
 
     Broken images are left out, which is said at the end. Raises BadInput if one process finds nothing but those."""
     mine, broken = list(range(rank, len(dataset), world)), []
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[mine[i:i + batch_size] for i in range(0, len(mine), batch_size)],
-        collate_fn=list, num_workers=num_workers)
-    for batch in loader:
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    for batch in loader(dataset, batch_sampler=batches, collate_fn=list, num_workers=num_workers):
         broken += [s for s in batch if isinstance(s, BadInput)]
         good = [s for s in batch if not isinstance(s, BadInput)]
         if good:
@@ -790,10 +790,11 @@ def encode_ids(ids, num_ids, encoding="bits"):
     """Id map (B x H x W, integers 0..num_ids-1) -> input of the autoencoder (B x C x H x W, float in -1..1).
 
     Paper section 3.1, "Encoding" (1): bits (default), RGB, one-hot or positional. Void (0) is 0 in every channel."""
+    import torch
     n = num_ids.bit_length() - 1
     ids = ids.long()
     if encoding == "onehot":
-        x = F.one_hot(ids, num_ids).permute(0, 3, 1, 2).float()
+        x = torch.nn.functional.one_hot(ids, num_ids).permute(0, 3, 1, 2).float()
     elif encoding == "positional":                                     # sin/cos at n wavelengths from 2 pi to 2 pi N
         angle = ids[:, None] / num_ids ** (torch.arange(n, device=ids.device) / max(n - 1, 1)).view(1, n, 1, 1)
         x = torch.cat([angle.sin(), angle.cos()], 1)
@@ -851,6 +852,13 @@ class Parser(argparse.ArgumentParser):
         """What argparse calls on a wrong flag."""
         raise BadInput(message)
 
+    def at_once(self):
+        """Answer --help and wrong flags of the command line. Scripts call it before they import torch, which takes seconds."""
+        try:
+            super().parse_args()
+        except BadInput as error:
+            self.exit(2, f"{Path(sys.argv[0]).name}: error: {error}\n")
+
     def parse_args(self, args=None):
         """Parse, and make sure before any work that --out and --json can be written. Raises BadInput, OSError."""
         parsed = super().parse_args(args)
@@ -862,6 +870,52 @@ class Parser(argparse.ArgumentParser):
                     raise BadInput(f"--json {parsed.json}: is a folder; give a file")
                 Path(parsed.json).parent.mkdir(parents=True, exist_ok=True)
         return parsed
+
+
+def training_flags(parser, models):
+    """The flags that both training scripts have; defaults that depend on --model stand in its table."""
+    add = parser.add_argument
+    add("--model", choices=list(models), help="sd: the paper's setting; small: from scratch on a laptop (default: that of --ckpt, else sd)")
+    add("--sd", default="CompVis/stable-diffusion-v1-4", metavar="ID_OR_FOLDER",
+        help="Stable Diffusion's weights for --model sd: hub id, folder with unet/ and vae/, or 'none' for untrained ones (default %(default)s)")
+    add("--train_split", nargs="+", help="one name, or one for each set of --data (default: that of --ckpt, else train2017)")
+    add("--val_split", help="(default: that of --ckpt, else val2017)")
+    add("--iters", type=natural, help="iterations")
+    add("--lr", type=amount, help="peak learning rate of AdamW")
+    add("--schedule", choices=["constant", "cosine"], help="of the learning rate, after the warm-up")
+    add("--warmup", type=natural, default=200, help="iterations of linear warm-up (default %(default)s)")
+    add("--weight_decay", type=amount, default=0.05, help="of AdamW (default %(default)s)")
+    add("--accum", type=positive, help="gradient accumulation steps in a batch (default 1; stage 2 of sd: 32 samples each)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
+    add("--min_segment", type=natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
+    add("--crop", type=side, metavar="PX", help="train on random squares of so many pixels of a picture, and sample larger ones by tiles; "
+        "0: on whole pictures (default: as in --ckpt, else 0)")
+    add("--turns", action="store_true", help="turn training pictures by random quarters, where no side is up")
+    add("--ckpt", help="start from (or with --iters 0 evaluate) these weights")
+    add("--resume", action="store_true", help="continue the run in --out from its last saved state")
+    add("--log_every", type=positive, default=50, help="iterations (default %(default)s)")
+    add("--save_every", type=positive, default=1000, help="iterations between saved states (default %(default)s)")
+    add("--eval_every", type=positive, default=1000, help="iterations between evaluations (default %(default)s)")
+    add("--eval_images", type=positive, default=256, help="validation images of an evaluation (default %(default)s)")
+
+
+def sampling_flags(parser, renoise):
+    """The flags that sample.py and inpaint.py share."""
+    add = parser.add_argument
+    add("--ckpt", help="checkpoint of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
+    add("--split", help="(default: the validation split that the checkpoint names)")
+    add("--limit", type=positive, help="only the first so many images of the split")
+    add("--min_area", type=natural, help="segments under so many px of the image become void (default: the checkpoint's)")
+    add("--threshold", type=fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
+    add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
+        help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
+    add("--votes", type=positive, default=1, metavar="K", help="sample K times, and let the samples vote on every pixel (default %(default)s)")
+    add("--crop", type=side, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
+    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a segment that do not touch segments of their own, in each sample "
+        "of each tile, but for its largest segment; completions stay as they are (default: as the checkpoint says)")
+    add("--overlap", type=number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
+    parser.set_defaults(batch_size=16, background=None)
 
 
 def is_main():
@@ -973,6 +1027,7 @@ def side_by_side(functions, rounds=15, device=None):
         if device is None:
             return time.process_time()
         if device.type in ("cuda", "mps"):
+            import torch
             getattr(torch, device.type).synchronize()
         return time.perf_counter()
     times = {name: [] for name in functions}
@@ -988,8 +1043,7 @@ def bench(sizes=(256, 512, 1024), count=8, rounds=15):
     """Images/s of one core from COCO-size JPEG and panoptic PNG, beside what Pillow needs to open, decode and resize the two files.
 
     The files are made here: `count` scenes of 640 x 480. Returns {side of the network's input: {what: images/s}}."""
-    threads, results = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         root, content = Path(folder), {"images": [], "annotations": [], "categories": [{"id": i + 1} for i in range(len(KINDS))]}
         for d in ("annotations", "train", "panoptic_train"):
@@ -1017,7 +1071,6 @@ def bench(sizes=(256, 512, 1024), count=8, rounds=15):
             seconds = side_by_side({"Pillow": floor, **{name: run(dataset) for name, dataset in sets.items()}}, rounds)
             rate = results[size] = {name: count / t for name, t in seconds.items()}
             print(f"{size:6}{rate['Pillow']:9.1f}{rate['sample']:9.1f}{100 * rate['sample'] / rate['Pillow']:6.0f}%{rate['ids only']:10.1f}", flush=True)
-    torch.set_num_threads(threads)
     return results
 
 

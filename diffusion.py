@@ -30,14 +30,6 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
-import ae
 import data
 import pq
 from data import BadInput, is_main
@@ -49,6 +41,46 @@ MODELS = {
     "small": dict(iters=12_000, batch_size=32, lr=1e-3, schedule="cosine", weight_decay=0.01, clip=1.0, ema=0.999, latent_scale=0.0,
                   loss_weight="none", self_cond=0.5, gradient_checkpointing=False),
 }
+
+parser = data.Parser(__doc__, out="checkpoints", mix=True)
+data.training_flags(parser, MODELS)
+add = parser.add_argument
+add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
+add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
+    help="a new --model small: channels at the first resolution (default %(default)s)")
+add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
+add("--loss_weight", choices=["linear", "snr", "none", "balanced"], nargs="+", help="w_j of eq. 4; several are compared (default: sd linear, small none)")
+add("--latent_scale", type=data.amount, nargs="+", help="factor on z; several are compared (default: sd 0.18215; small, or 0: half of unit "
+    "variance, measured)")
+add("--self_cond", type=data.fraction, nargs="+", help="share of samples with self-conditioning; several are compared (default: sd 1, small 0.5)")
+add("--ema", type=data.fraction, help="decay of the averaged weights, 0 for none (default: sd 0, small 0.999)")
+add("--clip", type=data.amount, help="largest gradient norm (default 1)")
+add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
+add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
+add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
+add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
+    "segments of their own, but for a sample's largest segment (default: as in --ckpt, else not)")
+add("--cache_latents", metavar="FOLDER", help="keep every training image's latents, as it is and flipped, in a file there (float16), and train "
+    "without decoding and encoding images")
+add("--classes", choices=["with", "only"], help="also train the classifier of Table 2: with the UNet, or only it, the rest of --ckpt frozen")
+add("--resnet", default="imagenet", metavar="FILE", help="a new classifier of --model sd: its ResNet-50's weights, 'imagenet' downloads "
+    "them, 'none' is random (default %(default)s)")
+add("--export", metavar="FILE", help="at the end also write the weights in half precision")
+add("--bench", action="store_true", help="only time a step of --model, with random weights and input")
+add("--compile", action="store_true", help="with torch.compile (minutes at the start; needs a C++ compiler)")
+parser.set_defaults(weight_decay=None)
+if __name__ == "__main__":
+    parser.at_once()                                                       # --help and wrong flags need not wait for torch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import ae
+
 SD_SCALE = 0.18215  # Stable Diffusion's factor on its VAE's latents
 
 # ------------------------------------------------------------------------------------------- the DDIM scheduler
@@ -337,7 +369,7 @@ def new_model(args, autoencoder, train_set, about):
                        f"train stage 1 with --factor {image_encoder.factor}")
     scale = args.latent_scale
     if not scale:                                                          # half of unit variance
-        maps = torch.stack([train_set[n][1] for n in range(256)])
+        maps = torch.from_numpy(np.stack([train_set[n][1] for n in range(256)]))
         with torch.no_grad():
             scale = 0.5 / torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)]).std().item()
     return LDM(autoencoder, image_encoder, unet, dict(
@@ -379,7 +411,7 @@ def cache_latents(model, train_set, args, device, precision, rank, world):
     for batch in tqdm(loader, "image latents", disable=not is_main() or not len(images)):
         fine = [(i, picture) for i, picture in batch if picture is not None]
         if fine:
-            x = torch.stack([picture for _, picture in fine]).to(device)
+            x = torch.from_numpy(np.stack([picture for _, picture in fine])).to(device)
             with torch.no_grad(), ae.autocast(precision, device):
                 pair = torch.stack([model.encode_image(x), model.encode_image(x.flip(-1))])
             latents[:, [i for i, _ in fine]] = pair.half().cpu().numpy()
@@ -392,7 +424,8 @@ def cache_latents(model, train_set, args, device, precision, rank, world):
     if is_main():
         print(f"image latents: {path} ({gigabytes:.2f} GB)")
     train_set.latents = str(path)
-    train_set.broken[torch.from_numpy(np.load(state_path) == 2)] = True
+    for i in np.flatnonzero(np.load(state_path) == 2):
+        train_set.broken[i] = True
 
 
 def untrained(kind, size=0):
@@ -416,6 +449,11 @@ def fresh_noise(seed, keys, shape, device):
     return lambda j: image_noise(seed, [f"{key} at {j}" for key in keys], shape, device)
 
 
+def network_input(images, size, device):
+    """H x W x 3 uint8 arrays of any sizes, squashed to a square -> B x 3 x size x size, uint8."""
+    return torch.from_numpy(np.stack([data.resize_image(image, size).transpose(2, 0, 1) for image in images])).to(device)
+
+
 @torch.no_grad()
 def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=None):
     """Algorithm 2 on H x W x 3 uint8 images of any sizes: logits over ids, B x N x 4h x 4w, and the noise, B x 4 x h x w.
@@ -423,8 +461,7 @@ def sample_logits(model, images, keys, steps=50, seed=0, renoise=False, trace=No
     keys: what the noise of each image belongs to, with `seed`; the same key gives the same mask in any batch.
     renoise: draw the noise anew at each step instead of the paper's deterministic DDIM. trace: as in `LDM.sample`."""
     device, size = next(model.parameters()).device, model.settings["size"]
-    inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
-    image_latent = model.encode_image(inputs)                              # B x c x h x w
+    image_latent = model.encode_image(network_input(images, size, device))                     # B x c x h x w
     place = keys, (4, *image_latent.shape[2:]), device
     fresh = fresh_noise(seed, *place) if renoise else None
     noise = image_noise(seed, *place)
@@ -443,8 +480,8 @@ def class_logits(model, images):
     """The classifier's logits (C x h x w) for each of a list of H x W x 3 uint8 images, seen at the size or (crops) scale of training."""
     size, crop, device = model.settings["size"], model.settings["crop"], next(model.parameters()).device
     if not crop:
-        return model.classifier.logits(torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device))
-    scaled = [F.interpolate(data.to_tensor(image)[None].to(device).float(), [max(8, round(n * size / crop)) for n in image.shape[:2]],
+        return model.classifier.logits(network_input(images, size, device))
+    scaled = [F.interpolate(torch.tensor(image, device=device).permute(2, 0, 1)[None].float(), [max(8, round(n * size / crop)) for n in image.shape[:2]],
                             mode="bilinear", antialias=True) for image in images]
     return [model.classifier.logits(x)[0] for x in scaled]
 
@@ -587,7 +624,9 @@ def bench(args, device, precision):
              "self-conditioning on half": lambda: step(latents, ids, 0.5), "self-conditioning on all": lambda: step(latents, ids, 1)}
     if batch == 1:
         del cases["self-conditioning on half"]
+    meter.reset()
     seconds = data.side_by_side(cases, 3, device)
+    gigabytes = meter.gigabytes()
     reached = meter.tflop(cases["UNet alone"]) / seconds["UNet alone"]
     rate = meter.matmul_rate(precision)
     print(f"--model {args.model}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
@@ -595,7 +634,7 @@ def bench(args, device, precision):
     for name, took in seconds.items():
         print(f"{name:>26}: {took:8.3f} s  {batch / took:8.2f} images/s  {took / seconds['UNet alone']:5.2f} of the UNet alone")
     print(f"UNet alone: {reached:.3f} TFLOP/s, {100 * reached / rate:.0f}% of a matrix product's {rate:.3f} (passes without gradient and recomputed ones "
-          f"count); {meter.gigabytes():.2f} GB at most")
+          f"count); {gigabytes:.2f} GB")
     # alternatives of one pass forward and backward
     def pass_(unet, precision):
         """One pass with gradient."""
@@ -616,7 +655,7 @@ def bench(args, device, precision):
     for name, took in passes.items():
         print(f"{name:>26}: {took:8.3f} s a pass forward and backward, {took / passes['channels_last']:.2f} of channels_last")
     other = compiled = None                                                # their memory
-    figures = {"seconds": seconds, "passes": passes, "tflops": reached, "matmul_tflops": rate, "gigabytes": meter.gigabytes()}
+    figures = {"seconds": seconds, "passes": passes, "tflops": reached, "matmul_tflops": rate, "gigabytes": gigabytes}
     grow = lambda case: step(case[1], case[2], share)
     figures["by_batch"] = meter.growth("batch", {b: (b, functools.partial(made_up, b, size)) for b in (1, 2, 4, 8, 16, 32, 64)}, grow)
     figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, functools.partial(made_up, 1, s)) for s in (size // 2, size, 2 * size)}, grow)
@@ -636,33 +675,6 @@ def class_table(result):
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 2."""
-    parser = data.Parser(__doc__, out="checkpoints", mix=True)
-    ae.training_flags(parser, MODELS)
-    add = parser.add_argument
-    add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
-    add("--channels", type=int, default=48, choices=range(16, 321, 16), metavar="C",
-        help="a new --model small: channels at the first resolution (default %(default)s)")
-    add("--prediction", choices=["epsilon", "sample", "v"], help="what the network estimates (default epsilon)")
-    add("--loss_weight", choices=["linear", "snr", "none", "balanced"], nargs="+", help="w_j of eq. 4; several are compared (default: sd linear, small none)")
-    add("--latent_scale", type=data.amount, nargs="+", help="factor on z; several are compared (default: sd 0.18215; small, or 0: half of unit "
-        "variance, measured)")
-    add("--self_cond", type=data.fraction, nargs="+", help="share of samples with self-conditioning; several are compared (default: sd 1, small 0.5)")
-    add("--ema", type=data.fraction, help="decay of the averaged weights, 0 for none (default: sd 0, small 0.999)")
-    add("--clip", type=data.amount, help="largest gradient norm (default 1)")
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
-    add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
-    add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
-    add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
-        "segments of their own, but for a sample's largest segment (default: as in --ckpt, else not)")
-    add("--cache_latents", metavar="FOLDER", help="keep every training image's latents, as it is and flipped, in a file there (float16), and train "
-        "without decoding and encoding images")
-    add("--classes", choices=["with", "only"], help="also train the classifier of Table 2: with the UNet, or only it, the rest of --ckpt frozen")
-    add("--resnet", default="imagenet", metavar="FILE", help="a new classifier of --model sd: its ResNet-50's weights, 'imagenet' downloads "
-        "them, 'none' is random (default %(default)s)")
-    add("--export", metavar="FILE", help="at the end also write the weights in half precision")
-    add("--bench", action="store_true", help="only time a step of --model, with random weights and input")
-    add("--compile", action="store_true", help="with torch.compile (minutes at the start; needs a C++ compiler)")
-    parser.set_defaults(weight_decay=None)
     args = ae.parse(parser, MODELS, argv, "ldm")
     if ae.compare(main, argv, args, ("loss_weight", "latent_scale", "self_cond"), ["--ae", str(args.ae or Path(args.out) / "ae.pt")]):
         return
@@ -800,7 +812,7 @@ def main(argv=None):
                             min(per_process // args.accum, 32), rank, world, args.num_workers)
 
     # training: Algorithm 1
-    batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers))
+    batches = iter(data.training_batches(train_set, start, args.iters, args.batch_size, rank, world, args.accum, args.num_workers, device.type == "cuda"))
     progress = tqdm(range(start, args.iters), initial=start, total=args.iters, disable=not is_main(), unit="it", mininterval=1)
     seen, clock, running, result, stop = 0, time.time(), [], None, ae.Stop()
     for it in progress:

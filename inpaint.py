@@ -15,15 +15,32 @@ against those given; by default each step draws it anew, which agrees with the g
 import time
 from pathlib import Path
 
+import data
+from data import BadInput
+
+parser = data.Parser(__doc__, out="out")
+data.sampling_flags(parser, renoise=True)
+add = parser.add_argument
+add("--steps", type=data.positive, default=50, help="sampling steps (default %(default)s)")
+add("--drop", type=data.fraction, default=0.5, help="share of blocks that is dropped (default %(default)s)")
+add("--block", type=data.positive, default=8, help="side of a block in pixels of the network's input (default %(default)s)")
+add("--valid", type=data.fraction, default=0.5, help="share of given pixels from which a latent cell counts as given (default %(default)s)")
+add("--click", type=data.positive, metavar="R", help="instead of blocks give one disc of this radius (pixels of the picture) on each thing")
+add("--ae", help="read partially given latent cells with this autoencoder: one that ae.py --drop_input made from the model's own; "
+    "needs a --valid below the share that is given")
+add("--sweep", action="store_true", help="drop rates 0.1..0.9 x block sizes of 1/32..1/4 of the side")
+add("--image", help="a picture of yours, with --mask")
+add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
+if __name__ == "__main__":
+    parser.at_once()                                                       # --help and wrong flags need not wait for torch
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ae
-import data
 import diffusion
 import sample
-from data import BadInput
 
 
 @torch.no_grad()
@@ -50,9 +67,8 @@ def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise, re
 
     Parameters: `complete`. A given pixel keeps its id, with certainty 1."""
     device, size, f = next(model.parameters()).device, model.settings["size"], model.autoencoder.factor
-    inputs = torch.stack([data.to_tensor(data.resize_image(image, size)) for image in images]).to(device)
     y = torch.from_numpy(np.stack([data.resize_ids(p, size, size) for p in partial]).astype(np.uint8)).to(device)
-    z_known, image_latent = model.encode(y), model.encode_image(inputs)
+    z_known, image_latent = model.encode(y), model.encode_image(diffusion.network_input(images, size, device))
     share = F.avg_pool2d((y > 0).float()[:, None], f)                      # of a cell's pixels that are given: B x 1 x h x w
     if reader is not None:
         z_known = torch.where(share < 1, model.scale * reader.encode(y)[0], z_known)
@@ -191,19 +207,6 @@ def complete_file(model, args, out):
 @data.command
 def main(argv=None):
     """Command line: complete dropped masks of a held-out set, sweep over them, or complete a user's mask."""
-    parser = data.Parser(__doc__, out="out")
-    sample.sampling_flags(parser, renoise=True)
-    add = parser.add_argument
-    add("--steps", type=data.positive, default=50, help="sampling steps (default %(default)s)")
-    add("--drop", type=data.fraction, default=0.5, help="share of blocks that is dropped (default %(default)s)")
-    add("--block", type=data.positive, default=8, help="side of a block in pixels of the network's input (default %(default)s)")
-    add("--valid", type=data.fraction, default=0.5, help="share of given pixels from which a latent cell counts as given (default %(default)s)")
-    add("--click", type=data.positive, metavar="R", help="instead of blocks give one disc of this radius (pixels of the picture) on each thing")
-    add("--ae", help="read partially given latent cells with this autoencoder: one that ae.py --drop_input made from the model's own; "
-        "needs a --valid below the share that is given")
-    add("--sweep", action="store_true", help="drop rates 0.1..0.9 x block sizes of 1/32..1/4 of the side")
-    add("--image", help="a picture of yours, with --mask")
-    add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
     args = parser.parse_args(argv)
     diffusion.DDIM().timesteps(args.steps)
     if bool(args.image) != bool(args.mask):

@@ -24,6 +24,20 @@ import sys
 import time
 from pathlib import Path
 
+import data
+from data import BadInput, is_main
+
+parser = data.Parser(__doc__, out="out")
+data.sampling_flags(parser, renoise=False)
+add = parser.add_argument
+add("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
+add("--bench", choices=["sd", "small"], help="only time a model of this size, with random weights")
+add("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
+add("--seeds", type=data.natural, nargs="+", metavar="SEED", help="two or more: compare what these seeds give")
+add("--trajectory", action="store_true", help="also draw the estimates of z^0 of the first four images over the steps")
+if __name__ == "__main__":
+    parser.at_once()                                                       # --help and wrong flags need not wait for torch
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -31,10 +45,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import ae
-import data
 import diffusion
 import pq
-from data import BadInput, is_main
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
@@ -366,25 +378,6 @@ def predict_files(model, files, out, args, rank, world):
     return broken
 
 
-def sampling_flags(parser, renoise):
-    """The flags that sample.py and inpaint.py share."""
-    add = parser.add_argument
-    add("--ckpt", help="checkpoint of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
-    add("--split", help="(default: the validation split that the checkpoint names)")
-    add("--limit", type=data.positive, help="only the first so many images of the split")
-    add("--min_area", type=data.natural, help="segments under so many px of the image become void (default: the checkpoint's)")
-    add("--threshold", type=data.fraction, default=0.5, help="pixels less certain than this become void (default %(default)s)")
-    add("--renoise", action=argparse.BooleanOptionalAction, default=renoise,
-        help="draw each step's noise anew instead of keeping DDIM's (default: sample.py off, as in the paper; inpaint.py on)")
-    add("--votes", type=data.positive, default=1, metavar="K", help="sample K times, and let the samples vote on every pixel (default %(default)s)")
-    add("--crop", type=data.side, metavar="PX", help="sample a picture in tiles of so many pixels and join them; 0: whole (default: as trained)")
-    add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a segment that do not touch segments of their own, in each sample "
-        "of each tile, but for its largest segment; completions stay as they are (default: as the checkpoint says)")
-    add("--overlap", type=data.number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
-    parser.set_defaults(batch_size=16, background=None)
-
-
 def choices(args):
     """What the flags say, as the last parameters of `predict`."""
     return args.renoise, args.votes, args.overlap, args.batch_size
@@ -412,13 +405,6 @@ def open_split(model, args):
 @data.command
 def main(argv=None):
     """Command line: evaluate a split, or segment picture files."""
-    parser = data.Parser(__doc__, out="out")
-    sampling_flags(parser, renoise=False)
-    parser.add_argument("--images", metavar="FILE_OR_FOLDER", help="segment these pictures instead of evaluating")
-    parser.add_argument("--bench", choices=list(diffusion.MODELS), help="only time a model of this size, with random weights")
-    parser.add_argument("--steps", type=data.positive, nargs="+", default=[50], help="sampling steps; several make a table (default 50)")
-    parser.add_argument("--seeds", type=data.natural, nargs="+", metavar="SEED", help="two or more: compare what these seeds give")
-    parser.add_argument("--trajectory", action="store_true", help="also draw the estimates of z^0 of the first four images over the steps")
     args = parser.parse_args(argv)
     for steps in args.steps:
         diffusion.DDIM().timesteps(steps)
