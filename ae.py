@@ -452,7 +452,7 @@ def guarded_step(optimizer, scaler, norm, skipped):
     skipped: 2 floats on the device, such steps in all and in a row; updated in place, to be read late by `check_skipped`."""
     bad = (~norm.isfinite()).float()
     if not scaler.is_enabled():
-        optimizer.found_inf = bad                                          # what GradScaler sets: fused AdamW skips by it
+        getattr(optimizer, "optim", optimizer).found_inf = bad             # what GradScaler sets: fused AdamW (in ZeRO's `optim`) skips by it
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -643,7 +643,7 @@ def read_log(path, stage):
 
 # Flags that a resumed run may change without becoming another run.
 FREE = {"resume", "iters", "out", "json", "export", "device", "num_workers", "log_every", "save_every", "eval_every", "eval_images",
-        "steps", "accum", "ckpt", "ae", "sd", "gradient_checkpointing", "val_split", "max_pixels"}
+        "steps", "accum", "ckpt", "ae", "sd", "gradient_checkpointing", "shard_optimizer", "val_split", "max_pixels"}
 
 
 def load_state(path, kind, args):

@@ -1901,6 +1901,44 @@ def test_resume_refuses_another_run(tmp_path, trained, capsys):
         one_line_error(capsys, main, flags, f"{stage}_state.pt")
 
 
+def sharded_child(rank, folder):
+    """Steps of an optimiser that is sharded over two processes, one of them without a finite gradient; writes what this one ended with."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 8))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1, fused=True)
+    for factor in (1.0, float("nan"), 2.0):
+        (model(torch.ones(2, 3)).sum() * factor).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ae.guarded_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), norm, torch.zeros(2))
+    torch.save([list(model.parameters()), len(optimizer.optim.state)], f"{folder}/{rank}.pt")
+
+
+def test_a_sharded_optimiser_trains_to_the_same_bits(tmp_path, trained):
+    both = [FORK.Process(target=sharded_child, args=(rank, str(tmp_path))) for rank in range(2)]
+    for p in both:
+        p.start()
+    assert finish(both) == [0, 0]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for factor in (1.0, 2.0):                              # the one between is left out
+        (model(torch.ones(2, 3)).sum() * factor).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert all(torch.equal(a, b) for weights, _ in found for a, b in zip(weights, model.parameters()))
+    assert sum(count for _, count in found) == 4 and all(count < 4 for _, count in found)     # each holds its share
+    # a whole training, ended halfway and resumed
+    flags = TINY_LDM + ["--ae", str(trained / "ae.pt"), "--schedule", "constant"]
+    assert finish(start_training("ldm", flags + ["--iters", "6"], tmp_path / "plain", 2)) == [0, 0]
+    for more in (["--iters", "3"], ["--iters", "6", "--resume"]):
+        assert finish(start_training("ldm", flags + more + ["--shard_optimizer"], tmp_path / "sharded", 2)) == [0, 0]
+    same_run("ldm", tmp_path / "plain", tmp_path / "sharded")
+
+
 def test_steps_without_a_finite_gradient_are_left_out(tmp_path, trained, capsys, monkeypatch):
     # one such step: weights, moments and step counts stay as they were, and the count tells
     model = torch.nn.Linear(3, 1)
