@@ -915,6 +915,8 @@ def sampling_flags(parser, renoise):
         "of each tile, but for its largest segment; completions stay as they are (default: as the checkpoint says)")
     add("--overlap", type=number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
+    add("--compile", action="store_true", help="run the UNet through torch.compile, on CUDA with CUDA graphs (a minute or more at the start; needs "
+        "a C++ compiler)")
     parser.set_defaults(batch_size=16, background=None)
 
 

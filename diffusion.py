@@ -99,7 +99,8 @@ class DDIM:
 
     def scales(self, j, z):
         """sqrt(ab_j) and sqrt(1 - ab_j), shaped to multiply z (B x 4 x h x w); j: int or B."""
-        ab = self.alphas_cumprod.to(z.device)[j].reshape(-1, 1, 1, 1)
+        self.alphas_cumprod = self.alphas_cumprod.to(z.device)             # once: a copy makes a GPU wait
+        ab = self.alphas_cumprod[j].reshape(-1, 1, 1, 1)
         return ab.sqrt(), (1 - ab).sqrt()
 
     def add_noise(self, z, eps, j):
@@ -116,7 +117,7 @@ class DDIM:
         """The estimate of z^0 from z^j and the network's output (eq. 3 solved for z)."""
         a, b = self.scales(j, zj)
         if self.prediction == "sample":
-            return output
+            return output.clone()                                          # compiled with CUDA graphs, the network reuses its own
         return a * zj - b * output if self.prediction == "v" else (zj - b * output) / a
 
     def step(self, zj, z0, j, j_prev, eps=None):
@@ -140,8 +141,8 @@ class DDIM:
         """w_j of eq. 4, T floats. linear: 1, falling towards 0 over the lowest quarter of j (the paper);
         snr: min(SNR, 2) / SNR (the authors' release); none: 1; balanced: SNR^-1/2 over its mean, which lets the high noise,
         where it is decided which segment gets which id, weigh as much as the rest."""
-        j = torch.arange(self.T)
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        j, ab = torch.arange(self.T), self.alphas_cumprod.cpu()
+        snr = ab / (1 - ab)
         return {"none": torch.ones(self.T), "linear": ((j + 1) / (self.T / 4)).clamp(max=1), "snr": snr.clamp(max=max_snr) / snr,
                 "balanced": snr.rsqrt() / snr.rsqrt().mean()}[kind]
 
@@ -301,6 +302,7 @@ class LDM(nn.Module):
 
     def denoise(self, zj, image_latent, self_cond, j):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
+        j = j if torch.is_tensor(j) else torch.full((len(zj),), j, device=zj.device)
         return self.unet(torch.cat([zj, image_latent, self_cond], 1), j, encoder_hidden_states=None).sample.float()
 
     def forward(self, images, ids, eps, j, loss_weights, conditioned, classes=None):
@@ -312,7 +314,7 @@ class LDM(nn.Module):
             z = self.encode(ids).float()                                   # encode the target
             image_latent = self.encode_image(images).float()               # encode the image
             zj = self.ddim.add_noise(z, eps, j)                            # eq. 3
-            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0].to(z.device)
+            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0].to(z.device, non_blocking=True)
             if len(first):                                                 # self-conditioning: a first estimate of z^0
                 output = self.denoise(zj[first], image_latent[first], self_cond[first], j[first])
                 self_cond[first] = self.ddim.remove_noise(zj[first], output, j[first])
@@ -442,7 +444,7 @@ def image_noise(seed, keys, shape, device):
     for key in keys:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
         draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))))
-    return torch.stack(draws).to(device)
+    return torch.stack(draws).to(device, non_blocking=True)
 
 
 def fresh_noise(seed, keys, shape, device):

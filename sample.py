@@ -298,11 +298,17 @@ def bench(args, device, precision):
         image_latent = model.encode_image(images)
         noise = diffusion.image_noise(0, range(batch), (4, *image_latent.shape[2:]), device)
         logits = model.decode(noise)
-        parts = seconds({"image_encoder": lambda: model.encode_image(images), "unet_step": lambda: model.denoise(noise, image_latent, noise, 500),
-                         "decoder": lambda: model.decode(noise),
-                         "postprocess": lambda: [ae.postprocess(l, size, size, 0.5, model.settings["min_area"]) for l in logits]})
+        functions = {"image_encoder": lambda: model.encode_image(images), "unet_step": lambda: model.denoise(noise, image_latent, noise, 500),
+                     "decoder": lambda: model.decode(noise),
+                     "postprocess": lambda: [ae.postprocess(l, size, size, 0.5, model.settings["min_area"]) for l in logits]}
+        if args.compile:
+            compile_unet(model)
+            x, j = torch.cat([noise, image_latent, noise], 1), torch.full((batch,), 500, device=device)
+            functions["unet_step_not_compiled"] = lambda: model.unet.forward(x, j, encoder_hidden_states=None)
+        parts = seconds(functions)
         print(f"--model {args.bench}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
-              f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step, "
+              f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step"
+              + f" ({parts['unet_step_not_compiled']:.4f} not compiled)" * args.compile + f", "
               f"decoder {parts['decoder']:.4f}, post-processing {parts['postprocess']:.4f}")
         print(f"{'steps':>6}{'sampling':>10}{'UNet part':>11}{'in all':>9}")
         for steps in args.steps:
@@ -392,7 +398,15 @@ def open_model(args, device):
     settings["size"] = args.size or settings["size"]
     for name in ("crop", "connected", "min_area"):
         settings[name] = settings[name] if getattr(args, name) is None else getattr(args, name)
+    if args.compile:
+        compile_unet(model)
     return model
+
+
+def compile_unet(model):
+    """Let torch.compile rewrite the UNet at its first pass; on CUDA into a graph, which takes the launches off the CPU."""
+    cuda = next(model.parameters()).is_cuda
+    model.unet.compile(mode="reduce-overhead" if cuda else "default")
 
 
 def open_split(model, args):

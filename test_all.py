@@ -1462,6 +1462,21 @@ def test_steps_are_timed_beside_their_alternatives(tmp_path, capsys, monkeypatch
         assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
 
 
+def test_compiling_changes_no_mask_and_happens_once(tmp_path, trained, monkeypatch):
+    from torch._dynamo.utils import counters
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, mode: compiled(self, backend="eager"))        # traced, but no C++ compiler
+    flags = ["--ckpt", str(trained / "ldm.pt"), "--limit", "4", "--steps", "5", "--device", "cpu", "--num_workers", "0", "--out", str(tmp_path)]
+    counters.clear()
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        sample.main(flags + more + ["--json", str(tmp_path / name)])
+        shutil.copy(tmp_path / "sample.png", tmp_path / f"{name}.png")
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "compiled.png").read_bytes()
+    assert 0 < counters["stats"]["unique_graphs"] < 4                      # not one for every timestep
+    plain, same = (json.loads((tmp_path / name).read_text())["pq"] for name in ("plain", "compiled"))
+    assert plain == same
+
+
 def test_votes_join_samples_by_majority(trained):
     truth = np.ones((8, 8), np.int32)                                      # background, two touching objects, one more
     truth[1:4, 1:3], truth[1:4, 3:5], truth[6:, 6:] = 2, 3, 4
