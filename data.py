@@ -293,7 +293,7 @@ def read_coco_json(path, layout):
 def runs(ids):
     """An id map as runs of equal ids in reading order: value and length of each. They are few, which makes maps cheap to look up."""
     flat = ids.reshape(-1)
-    start = np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1]]))
+    start = np.concatenate([[0], 1 + np.flatnonzero(flat[1:] != flat[:-1])])
     return flat[start], np.diff(start, append=flat.size)
 
 

@@ -306,9 +306,9 @@ def bench(args, device, precision):
             x, j = torch.cat([noise, image_latent, noise], 1), torch.full((batch,), 500, device=device)
             functions["unet_step_not_compiled"] = lambda: model.unet.forward(x, j, encoder_hidden_states=None)
         parts = seconds(functions)
+        eager = f" ({parts['unet_step_not_compiled']:.4f} not compiled)" if args.compile else ""
         print(f"--model {args.bench}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
-              f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step"
-              + f" ({parts['unet_step_not_compiled']:.4f} not compiled)" * args.compile + f", "
+              f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step{eager}, "
               f"decoder {parts['decoder']:.4f}, post-processing {parts['postprocess']:.4f}")
         print(f"{'steps':>6}{'sampling':>10}{'UNet part':>11}{'in all':>9}")
         for steps in args.steps:
