@@ -286,7 +286,9 @@ def draw_trajectory(model, images, keys, args, out):
 def bench(args, device, precision):
     """Table S1: seconds an image by sampling steps and by part, for a model of the paper's or the small size with random weights.
 
-    Each part is run once to warm up, then three times; the median is printed. Returns the figures."""
+    Each part is run once to warm up, then three times; the median is printed. Then how a UNet pass grows with batch and size.
+    Returns the figures."""
+    meter = ae.Meter(device)
     model = diffusion.untrained(args.bench, args.size).to(device, memory_format=torch.channels_last)
     size, batch, by_steps = model.settings["size"], args.batch_size, {}
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
@@ -305,17 +307,30 @@ def bench(args, device, precision):
             compile_unet(model)
             x, j = torch.cat([noise, image_latent, noise], 1), torch.full((batch,), 500, device=device)
             functions["unet_step_not_compiled"] = lambda: model.unet.forward(x, j, encoder_hidden_states=None)
-        parts = seconds(functions)
+        meter.reset()
+        parts, gigabytes = seconds(functions), meter.gigabytes()
+        reached, rate = meter.tflop(functions["unet_step"]) / parts["unet_step"] / batch, meter.matmul_rate(precision)
         eager = f" ({parts['unet_step_not_compiled']:.4f} not compiled)" if args.compile else ""
         print(f"--model {args.bench}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
               f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step{eager}, "
-              f"decoder {parts['decoder']:.4f}, post-processing {parts['postprocess']:.4f}")
-        print(f"{'steps':>6}{'sampling':>10}{'UNet part':>11}{'in all':>9}")
+              f"decoder {parts['decoder']:.4f}, post-processing {parts['postprocess']:.4f}\n"
+              f"  UNet: {reached:.3f} TFLOP/s, {100 * reached / rate:.0f}% of a matrix product's {rate:.3f}; {gigabytes:.2f} GB")
+        print(f"{'steps':>6}{'sampling':>10}{'UNet part':>11}{'in all':>9}{'images/s':>10}")
         for steps in args.steps:
-            loop = seconds({"sampling": lambda: model.sample(image_latent, noise, steps)})["sampling"]
+            loop, passes = seconds({"sampling": lambda: model.sample(image_latent, noise, steps),
+                                    "UNet": lambda: [functions["unet_step"]() for _ in range(steps)]}).values()
             by_steps[steps] = {"sampling": loop, "in_all": parts["image_encoder"] + loop + parts["decoder"] + parts["postprocess"]}
-            print(f"{steps:6}{loop:10.3f}{100 * steps * parts['unet_step'] / loop:10.0f}%{by_steps[steps]['in_all']:9.3f}", flush=True)
-    return {**parts, "by_steps": by_steps}
+            print(f"{steps:6}{loop:10.3f}{100 * passes / loop:10.0f}%{by_steps[steps]['in_all']:9.3f}{1 / by_steps[steps]['in_all']:10.3f}", flush=True)
+        figures = {**parts, "by_steps": by_steps, "tflops": reached, "matmul_tflops": rate, "gigabytes": gigabytes}
+        if not args.compile:                                               # which would compile for every shape
+            f, channels = model.autoencoder.factor, model.image_encoder.channels
+            made_up = lambda batch, size: lambda: [torch.randn(batch, c, size // f, size // f, device=device) for c in (4, channels)]
+            one_pass = lambda case: model.denoise(case[0], case[1], case[0], 500)
+            print("a UNet pass, seconds:")
+            figures["by_batch"] = meter.growth("batch", {b: (b, made_up(b, size)) for b in (1, 2, 4, 8, 16, 32, 64)}, one_pass)
+            sizes = [s for s in (size // 2, size, 2 * size) if s % (4 * f) == 0]
+            figures["by_size"] = meter.growth("size", {s: ((s / size) ** 2, made_up(1, s)) for s in sizes}, one_pass)
+    return figures
 
 
 def table_of(figures):
