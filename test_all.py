@@ -1682,6 +1682,7 @@ def test_untrained_models_are_timed(tmp_path, capsys):
     figures = json.loads((tmp_path / "b.json").read_text())
     assert figures["by_steps"].keys() == {"1", "3"} and all(figures[k] > 0 for k in ("image_encoder", "unet_step", "decoder", "postprocess"))
     assert all(row["in_all"] > row["sampling"] > 0 for row in figures["by_steps"].values())
+    assert figures["tflops"] > 0 and "64" in figures["by_batch"] and set(figures["by_size"]) == {"16", "32", "64"}
     with torch.device("meta"):                             # Stable Diffusion 1.4 by its architecture: the paper's 860 M, 84 M of them the VAE's
         unet, vae = ae.load_sd("none", "unet"), ae.load_sd("none", "vae")
     assert [sum(p.numel() for p in m.parameters()) for m in (unet, vae)] == [859_520_964, 83_653_863]
