@@ -212,6 +212,9 @@ def grow_conv_in(unet, in_channels):
     return grown
 
 
+MOST_SHARES = 1 << 26  # of segments in cells, that a labelling holds at a time: 256 MB
+
+
 def segment_means(x, ids, count):
     """Means of x (B x C x h x w) over the pixels of each id 0..count-1 of ids (B x H x W) -> B x count x C, 0 where an id is absent."""
     h, w = x.shape[2:]
@@ -265,7 +268,11 @@ class Classifier(nn.Module):
         merge: proposals of one stuff category become one segment, as COCO's panoptic format has it."""
         known, where = np.unique(ids, return_inverse=True)
         where = where.reshape(ids.shape)
-        means = segment_means(logits[None], torch.from_numpy(where[None]).to(logits.device), len(known))[0].cpu()
+        some, means = min(len(known), max(1, MOST_SHARES // logits[0].numel())), []           # segments at a time
+        for k in range(0, len(known), some):
+            part = np.where((where >= k) & (where < k + some), where - k, some)
+            means.append(segment_means(logits[None], torch.from_numpy(part[None]).to(logits.device), some + 1)[0, :some].cpu())
+        means = torch.cat(means)[:len(known)]
         score, best = (t.numpy() for t in means.softmax(1).max(1))         # K each
         if merge:
             stuff = np.array([not c["isthing"] for c in self.categories])[best] & (known > 0)

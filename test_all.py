@@ -1179,7 +1179,9 @@ def test_segment_means_equal_means_over_masks():
     assert not means[:, 6:].any() and diffusion.segment_means(x, ids[:, :1, :1], 8).isfinite().all()
 
 
-def test_labels_are_those_of_the_mean_and_stuff_of_one_category_is_one_segment():
+@pytest.mark.parametrize("at_a_time", [1, 2, 99])
+def test_labels_are_those_of_the_mean_and_stuff_of_one_category_is_one_segment(at_a_time, monkeypatch):
+    monkeypatch.setattr(diffusion, "MOST_SHARES", 32 * at_a_time)
     classifier = diffusion.Classifier([{"id": 10, "name": "car", "isthing": 1}, {"id": 20, "name": "sky", "isthing": 0}], "small")
     ids = np.repeat([[0, 7, 7, 300, 70000, 70000, 5, 5]], 4, 0).astype(np.int32)
     logits = torch.tensor([[2., 2, 0, 0, 2, 2, 0, 0], [3., 0, 0, 2, 0, 1, 3, 1]])[:, None].expand(2, 4, 8)
