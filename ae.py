@@ -51,7 +51,7 @@ add("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the 
 add("--points", type=data.positive, help="points of each loss (default 12544 at 512 px, in proportion, at least 256)")
 add("--clip", type=data.amount, default=3.0, help="largest gradient norm (default %(default)s)")
 add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, help="compute activations again in the backward pass "
-    "instead of keeping them: less memory, the same gradients (default: only with sd and without a GPU, where it takes no longer)")
+    "instead of keeping them: less memory, the same gradients (default: only the shallow one of sd without a GPU, where it takes no longer)")
 add("--drop_input", action="store_true", help="train only the encoder of --ckpt: a partially dropped map should get the "
     "latents of the full one (decoder and diffusion model stay as they are)")
 add("--bench", action="store_true", help="only time a step, with random weights and made-up maps")
@@ -380,8 +380,8 @@ def setup(args):
     known += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name not in known:
         raise BadInput(f"--device {name}: not available here; there is {', '.join(known)}")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name.startswith("cuda"):
+        name = name if ":" in name else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(name)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
@@ -452,7 +452,7 @@ def guarded_step(optimizer, scaler, norm, skipped):
     skipped: 2 floats on the device, such steps in all and in a row; updated in place, to be read late by `check_skipped`."""
     bad = (~norm.isfinite()).float()
     if not scaler.is_enabled():
-        getattr(optimizer, "optim", optimizer).found_inf = bad             # what GradScaler sets: fused AdamW (in ZeRO's `optim`) skips by it
+        optimizer.found_inf = bad                                          # what GradScaler sets: fused AdamW skips by it
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -643,7 +643,7 @@ def read_log(path, stage):
 
 # Flags that a resumed run may change without becoming another run.
 FREE = {"resume", "iters", "out", "json", "export", "device", "num_workers", "log_every", "save_every", "eval_every", "eval_images",
-        "steps", "accum", "ckpt", "ae", "sd", "gradient_checkpointing", "shard_optimizer", "val_split", "max_pixels"}
+        "steps", "accum", "ckpt", "ae", "sd", "gradient_checkpointing", "val_split", "max_pixels"}
 
 
 def load_state(path, kind, args):
@@ -831,8 +831,11 @@ class Meter:
 
     @staticmethod
     def _kilobytes(file, name):
-        """An entry of a file of Linux's. Raises OSError elsewhere."""
-        return int(re.search(rf"{name}:\s+(\d+)", Path(file).read_text())[1])
+        """An entry of a file of Linux's. Raises OSError where there is none."""
+        found = re.search(rf"{name}:\s+(\d+)", Path(file).read_text())
+        if not found:
+            raise OSError(f"{file} has no {name}")
+        return int(found[1])
 
     @staticmethod
     def tflop(step):
@@ -853,16 +856,16 @@ class Meter:
         results, done = {}, []                                             # done: size, gigabytes, seconds
         for name, (size, make) in cases.items():
             need, seconds = 0, 0
-            if done:
-                (s0, m0, _), (s1, m1, t1) = done[-2:] if len(done) > 1 else [(0, 0, 0), done[-1]]
-                need = m1 + max(m1 - m0, 0) * (size - s1) / max(s1 - s0, 1e-9)                 # along a line; two runs, the first to warm up
-                seconds = 2 * t1 * size / s1
+            if len(done) > 1:                                              # along a line; two runs, the first to warm up
+                (s0, m0, _), (s1, m1, t1) = done[-2:]
+                need, seconds = m1 + max(m1 - m0, 0) * (size - s1) / max(s1 - s0, 1e-9), 2 * t1 * size / s1
             if need > 0.9 * self.limit_gigabytes() or seconds > self.limit:
                 print(f"{what} {name}: left out, it would take some {need:.0f} GB and {seconds:.0f} s")
                 break
             try:
                 case = make()
                 self.reset()
+                done = done or [(0, self.gigabytes(), 0)]                  # what there is without a step
                 took = data.side_by_side({name: lambda: step(case)}, 1, self.device)[name]
             except torch.OutOfMemoryError:
                 print(f"{what} {name}: left out, out of memory")
@@ -973,7 +976,7 @@ def main(argv=None):
     device, rank, world = setup(args)
     precision = pick_precision(args.precision, device)
     if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = args.model == "sd" and device.type == "cpu"
+        args.gradient_checkpointing = (args.model, args.arch, device.type) == ("sd", "shallow", "cpu")
     if args.bench:
         alone(world, "--bench")
         figures = bench(args, device, precision)
@@ -1030,7 +1033,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(it, args)
         seed_iteration(args.seed, it, rank)
-        maps = [next(batches)[1].to(device, non_blocking=True) for _ in range(args.accum)]  # each b x size x size
+        maps = [next(batches)[1].to(device, non_blocking=device.type == "cuda") for _ in range(args.accum)]  # each b x size x size
 
         parts = torch.zeros(3, device=device)                              # the loss, L_ce and L_mask, for the log
         # The counts that normalise both losses are those of the whole batch: draw the points of all pieces first.

@@ -67,6 +67,13 @@ def command(main):
             if error.filename is None and not full:
                 raise
             line = f"{error.filename or 'writing'}: {error.strerror}" + "; what was written before is unharmed" * full
+        except RuntimeError as error:
+            if type(error).__name__ == "OutOfMemoryError":
+                line = "out of memory: give a smaller --batch_size; in training rather a larger --accum, or --gradient_checkpointing"
+            elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                line = f"--compile: {str(error).strip().splitlines()[0][:150]}; it needs a C++ compiler: go without it"
+            else:
+                raise
         print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
         raise SystemExit(2)
     return run
@@ -663,7 +670,7 @@ class Training:
         image, ids = np.ascontiguousarray(image), np.ascontiguousarray(ids)
         if self.classes is None:
             return image, ids
-        classes = np.full(self.num_ids, -1)
+        classes = np.full(self.num_ids, -1, np.int64)
         for s in sample["segments_info"]:
             classes[new_id.get(s["id"], 0)] = self.classes.get(s.get("category_id"), -1)
         classes[0] = -1                                                    # void, crowd

@@ -56,7 +56,6 @@ add("--self_cond", type=data.fraction, nargs="+", help="share of samples with se
 add("--ema", type=data.fraction, help="decay of the averaged weights, 0 for none (default: sd 0, small 0.999)")
 add("--clip", type=data.amount, help="largest gradient norm (default 1)")
 add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None, help="(default: sd on, small off)")
-add("--shard_optimizer", action="store_true", help="split AdamW's moments (sd: 6.9 GB) over the processes, as ZeRO's first stage does; the same weights")
 add("--steps", type=data.positive, default=10, help="sampling steps of an evaluation (default %(default)s)")
 add("--jitter", type=data.fraction, default=0.0, metavar="J", help="training pictures' brightness and contrast times 1-J..1+J (default %(default)s)")
 add("--connected", action=argparse.BooleanOptionalAction, help="segments of this data are in one piece: sampling makes parts that do not touch "
@@ -321,7 +320,7 @@ class LDM(nn.Module):
             z = self.encode(ids).float()                                   # encode the target
             image_latent = self.encode_image(images).float()               # encode the image
             zj = self.ddim.add_noise(z, eps, j)                            # eq. 3
-            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0].to(z.device, non_blocking=True)
+            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0].to(z.device, non_blocking=z.is_cuda)
             if len(first):                                                 # self-conditioning: a first estimate of z^0
                 output = self.denoise(zj[first], image_latent[first], self_cond[first], j[first])
                 self_cond[first] = self.ddim.remove_noise(zj[first], output, j[first])
@@ -451,7 +450,7 @@ def image_noise(seed, keys, shape, device):
     for key in keys:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
         draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))))
-    return torch.stack(draws).to(device, non_blocking=True)
+    return torch.stack(draws).to(device, non_blocking=torch.device(device).type == "cuda")     # MPS would read memory that is free by then
 
 
 def fresh_noise(seed, keys, shape, device):
@@ -764,20 +763,15 @@ def main(argv=None):
     weights = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in weights] if args.ema else []     # EMA
     norms = {id(p) for m in model.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)) for p in m.parameters()}
-    groups = [{"params": [p for p in weights if id(p) not in norms]}, {"params": [p for p in weights if id(p) in norms], "weight_decay": 0.0}]
-    adamw = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    sharded = args.shard_optimizer and world > 1
-    if sharded:
-        from torch.distributed.optim import ZeroRedundancyOptimizer        # half a second
-        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adamw)
-    else:
-        optimizer = torch.optim.AdamW(groups, **adamw)
+    optimizer = torch.optim.AdamW([{"params": [p for p in weights if id(p) not in norms]},
+                                   {"params": [p for p in weights if id(p) in norms], "weight_decay": 0.0}],
+                                  lr=args.lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ddp = model.classifier if args.classes == "only" else model
     if world > 1:
         ddp = nn.parallel.DistributedDataParallel(ddp, device_ids=[device.index] if device.type == "cuda" else None,
                                                   broadcast_buffers=bool(args.classes),    # batch norm's
-                                                  gradient_as_bucket_view=True)            # no second copy of the gradients (sd: 3.4 GB)
+                                                  gradient_as_bucket_view=True)            # no second copy of the gradients (sd: 3.3 GB)
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)
 
     start, best, losses, skipped = 0, -1.0, [], torch.zeros(2, device=device)
@@ -835,7 +829,7 @@ def main(argv=None):
             group["lr"] = ae.learning_rate(it, args)
         ae.seed_iteration(args.seed, it, rank)
         for k in range(args.accum):
-            images, ids, *classes = (t.to(device, non_blocking=True) for t in next(batches))
+            images, ids, *classes = (t.to(device, non_blocking=device.type == "cuda") for t in next(batches))
             latent = (len(ids), 4, args.size // autoencoder.factor, args.size // autoencoder.factor)
             eps, j = torch.randn(latent, device=device), torch.randint(0, model.ddim.T, (len(ids),), device=device)
             place = torch.arange(len(ids)) + rank * per_process + k * len(ids)       # in the global batch
@@ -875,8 +869,6 @@ def main(argv=None):
         stopped = stop()
         if (it + 1) % args.save_every == 0 or done or stopped:
             losses += drain()
-            if sharded:
-                optimizer.consolidate_state_dict()                         # to rank 0
             if is_main():
                 swap_ema()
                 ae.save(out / "ldm.pt", checkpoint())

@@ -16,7 +16,6 @@ With a classifier in the checkpoint (diffusion.py --classes) segments have categ
 From Python:  model = load("checkpoints/ldm.pt");  ids, segments_info = segment(model, Image.open("photo.jpg"))
 Without --ckpt: checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt.
 """
-import argparse
 import contextlib
 import itertools
 import math
@@ -303,13 +302,14 @@ def bench(args, device, precision):
         functions = {"image_encoder": lambda: model.encode_image(images), "unet_step": lambda: model.denoise(noise, image_latent, noise, 500),
                      "decoder": lambda: model.decode(noise),
                      "postprocess": lambda: [ae.postprocess(l, size, size, 0.5, model.settings["min_area"]) for l in logits]}
+        tflop = meter.tflop(functions["unet_step"])
         if args.compile:
             compile_unet(model)
             x, j = torch.cat([noise, image_latent, noise], 1), torch.full((batch,), 500, device=device)
             functions["unet_step_not_compiled"] = lambda: model.unet.forward(x, j, encoder_hidden_states=None)
         meter.reset()
         parts, gigabytes = seconds(functions), meter.gigabytes()
-        reached, rate = meter.tflop(functions["unet_step"]) / parts["unet_step"] / batch, meter.matmul_rate(precision)
+        reached, rate = tflop / parts["unet_step"] / batch, meter.matmul_rate(precision)
         eager = f" ({parts['unet_step_not_compiled']:.4f} not compiled)" if args.compile else ""
         print(f"--model {args.bench}, untrained: UNet {sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f} M parameters, {size} px, batch {batch}, "
               f"{device.type}, {precision}; seconds an image\n  image encoder {parts['image_encoder']:.4f}, UNet {parts['unet_step']:.4f} a step{eager}, "

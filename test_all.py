@@ -1479,6 +1479,37 @@ def test_compiling_changes_no_mask_and_happens_once(tmp_path, trained, monkeypat
     assert plain == same
 
 
+def test_running_out_of_memory_is_one_line(trained, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        """What CUDA says when a model does not fit."""
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    monkeypatch.setattr(diffusion.LDM, "sample", full)
+    one_line_error(capsys, sample.main, ["--ckpt", str(trained / "ldm.pt"), "--limit", "2", "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path)],
+                   "out of memory", "--batch_size")
+    monkeypatch.setattr(diffusion.LDM, "sample", lambda *_: 1 / 0)         # a mistake of ours keeps its traceback
+    with pytest.raises(ZeroDivisionError):
+        sample.main(["--ckpt", str(trained / "ldm.pt"), "--limit", "2", "--num_workers", "0", "--device", "cpu", "--out", str(tmp_path)])
+
+
+def test_growth_is_foreseen_along_a_line(capsys, monkeypatch):
+    """14 GB that are there anyway and 0.3 GB a sample, with 24 GB in all, of which nine tenths are used: batches up to 16 fit, and of 32 it is known that they would not."""
+    meter, now = ae.Meter(torch.device("cpu")), [14.0]
+    monkeypatch.setattr(meter, "reset", lambda: now.__setitem__(0, 14.0))
+    monkeypatch.setattr(meter, "gigabytes", lambda: now[0])
+    monkeypatch.setattr(meter, "limit_gigabytes", lambda: 24.0)
+    step = lambda batch: now.__setitem__(0, 14 + 0.3 * batch)
+    grown = meter.growth("batch", {b: (b, lambda b=b: b) for b in (1, 2, 4, 8, 16, 32, 64)}, step)
+    assert {k: v["gigabytes"] for k, v in grown.items()} == pytest.approx({str(b): 14 + 0.3 * b for b in (1, 2, 4, 8, 16)})
+    assert "batch 32: left out, it would take some 24 GB" in capsys.readouterr().out
+    meter = ae.Meter(torch.device("cpu"))                  # the real one, where the system can tell
+    meter.reset()
+    before, block = meter.gigabytes(), np.ones(1 << 27, np.uint8)
+    assert meter.gigabytes() - before > 0.1 and meter.limit_gigabytes() > 0.1
+    del block
+    meter.reset()
+    assert sys.platform != "linux" or meter.gigabytes() < before + 0.1
+
+
 def test_votes_join_samples_by_majority(trained):
     truth = np.ones((8, 8), np.int32)                                      # background, two touching objects, one more
     truth[1:4, 1:3], truth[1:4, 3:5], truth[6:, 6:] = 2, 3, 4
@@ -1917,44 +1948,6 @@ def test_resume_refuses_another_run(tmp_path, trained, capsys):
         one_line_error(capsys, main, flags + ["--seed", "9"], "--seed 0")
         (tmp_path / stage / f"{stage}_state.pt").unlink()
         one_line_error(capsys, main, flags, f"{stage}_state.pt")
-
-
-def sharded_child(rank, folder):
-    """Steps of an optimiser that is sharded over two processes, one of them without a finite gradient; writes what this one ended with."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 8))
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1, fused=True)
-    for factor in (1.0, float("nan"), 2.0):
-        (model(torch.ones(2, 3)).sum() * factor).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        ae.guarded_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), norm, torch.zeros(2))
-    torch.save([list(model.parameters()), len(optimizer.optim.state)], f"{folder}/{rank}.pt")
-
-
-def test_a_sharded_optimiser_trains_to_the_same_bits(tmp_path, trained):
-    both = [FORK.Process(target=sharded_child, args=(rank, str(tmp_path))) for rank in range(2)]
-    for p in both:
-        p.start()
-    assert finish(both) == [0, 0]
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 8))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    for factor in (1.0, 2.0):                              # the one between is left out
-        (model(torch.ones(2, 3)).sum() * factor).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    assert all(torch.equal(a, b) for weights, _ in found for a, b in zip(weights, model.parameters()))
-    assert sum(count for _, count in found) == 4 and all(count < 4 for _, count in found)     # each holds its share
-    # a whole training, ended halfway and resumed
-    flags = TINY_LDM + ["--ae", str(trained / "ae.pt"), "--schedule", "constant"]
-    assert finish(start_training("ldm", flags + ["--iters", "6"], tmp_path / "plain", 2)) == [0, 0]
-    for more in (["--iters", "3"], ["--iters", "6", "--resume"]):
-        assert finish(start_training("ldm", flags + more + ["--shard_optimizer"], tmp_path / "sharded", 2)) == [0, 0]
-    same_run("ldm", tmp_path / "plain", tmp_path / "sharded")
 
 
 def test_steps_without_a_finite_gradient_are_left_out(tmp_path, trained, capsys, monkeypatch):
