@@ -122,20 +122,21 @@ def _overlaps(gt, gt_ids, pred, pred_ids, what, mask):
     change = gt[1:] != gt[:-1]
     change |= pred[1:] != pred[:-1]
     start = np.concatenate([[0], 1 + np.flatnonzero(change)])
-    gt, pred, length = gt[start], pred[start], np.diff(start, append=gt.size)
+    gt, pred, length = gt[start], pred[start], np.append(start[1:], gt.size) - start
     gt, pred = (gt, pred) if mask is None else (gt & mask, pred & mask)
-    def compact(ids, listed, name):
-        """The place of each id that is there in `listed`, from 1 (-1: not listed), and of each pixel's id among those."""
-        present = np.unique(ids)
+    def places(ids, listed, name):
+        """Where each of `ids` stands in `listed`, from 1: 0 for void, -1 for one that is not listed."""
         if len(set(listed)) < len(listed):
             raise BadInput(f"{what}: the {name} lists a segment id twice")
-        index = {VOID: 0, **{s: i + 1 for i, s in enumerate(listed)}}
-        return np.array([index.get(i, -1) for i in present.tolist()], np.int64), present.searchsorted(ids)
-    (g, g_place), (p, p_place) = compact(gt, gt_ids, "ground truth"), compact(pred, pred_ids, "prediction")
+        known = np.array([VOID, *listed])
+        order = known.argsort()
+        place = order[known.searchsorted(ids, sorter=order).clip(max=len(listed))]
+        return np.where(known[place] == ids, place, -1)
+    g, p = places(gt, gt_ids, "ground truth"), places(pred, pred_ids, "prediction")
     if (p < 0).any():
         raise BadInput(f"{what}: the prediction holds an id that its segments_info does not list")
     g[g < 0] = len(gt_ids) + 1
-    pairs = np.bincount(g[g_place] * (len(pred_ids) + 1) + p[p_place], length, (len(gt_ids) + 2) * (len(pred_ids) + 1))
+    pairs = np.bincount(g * (len(pred_ids) + 1) + p, length, (len(gt_ids) + 2) * (len(pred_ids) + 1))
     inter = pairs.reshape(len(gt_ids) + 2, len(pred_ids) + 1).astype(np.int64)
     if (inter[:, 1:].sum(0) == 0).any():
         raise BadInput(f"{what}: the prediction lists segment {pred_ids[int(inter[:, 1:].sum(0).argmin())]}, which has no pixel")
