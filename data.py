@@ -38,6 +38,8 @@ import numpy as np  # torch is imported where it is used, since it takes seconds
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # read when torch is imported: what a Mac's GPU lacks (grid_sample's backward), its CPU does
+
 # ---------------------------------------------------------------------------------------------------- errors
 
 
