@@ -390,6 +390,11 @@ def setup(args):
     return torch.device(name), rank, world
 
 
+def move(tensor, device):
+    """A tensor of the CPU on the device. CUDA's copy is not waited for; on MPS it must be, which would read memory that is free by then."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def alone(world, flag):
     """Refuse a flag that is for one process. Raises BadInput."""
     if world > 1:
@@ -1033,7 +1038,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(it, args)
         seed_iteration(args.seed, it, rank)
-        maps = [next(batches)[1].to(device, non_blocking=device.type == "cuda") for _ in range(args.accum)]  # each b x size x size
+        maps = [move(next(batches)[1], device) for _ in range(args.accum)]  # each b x size x size
 
         parts = torch.zeros(3, device=device)                              # the loss, L_ce and L_mask, for the log
         # The counts that normalise both losses are those of the whole batch: draw the points of all pieces first.

@@ -76,9 +76,14 @@ def command(main):
                 line = f"--compile: {str(error).strip().splitlines()[0][:150]}; it needs a C++ compiler: go without it"
             else:
                 raise
-        print(f"{Path(sys.modules[main.__module__].__file__).name}: error: {line}", file=sys.stderr)
-        raise SystemExit(2)
+        refuse(sys.modules[main.__module__].__file__, line)
     return run
+
+
+def refuse(script, line):
+    """End with one line on stderr and exit code 2."""
+    print(f"{Path(script).name}: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 # ------------------------------------------------------------------------------------------- built-in scenes
@@ -856,6 +861,8 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--batch_size", type=positive, help="in training samples an iteration, over all ranks; in sampling pictures (or tiles) "
                               "at a time, of each rank (16)")
             self.add_argument("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
+            self.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+                              help="(default: bf16 where the GPU has it, fp32 on CPU)")
 
     def error(self, message):
         """What argparse calls on a wrong flag."""
@@ -866,7 +873,7 @@ class Parser(argparse.ArgumentParser):
         try:
             super().parse_args()
         except BadInput as error:
-            self.exit(2, f"{Path(sys.argv[0]).name}: error: {error}\n")
+            refuse(sys.argv[0], error)
 
     def parse_args(self, args=None):
         """Parse, and make sure before any work that --out and --json can be written. Raises BadInput, OSError."""
@@ -895,7 +902,6 @@ def training_flags(parser, models):
     add("--warmup", type=natural, default=200, help="iterations of linear warm-up (default %(default)s)")
     add("--weight_decay", type=amount, default=0.05, help="of AdamW (default %(default)s)")
     add("--accum", type=positive, help="gradient accumulation steps in a batch (default 1; stage 2 of sd: 32 samples each)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     add("--min_segment", type=natural, default=10, help="segments under so many pixels of the file are void in training (default %(default)s)")
     add("--crop", type=side, metavar="PX", help="train on random squares of so many pixels of a picture, and sample larger ones by tiles; "
         "0: on whole pictures (default: as in --ckpt, else 0)")
@@ -923,7 +929,6 @@ def sampling_flags(parser, renoise):
     add("--connected", action=argparse.BooleanOptionalAction, help="make parts of a segment that do not touch segments of their own, in each sample "
         "of each tile, but for its largest segment; completions stay as they are (default: as the checkpoint says)")
     add("--overlap", type=number(float, 0, 0.9), default=0.25, help="share of a tile's side that the next one sees too (default %(default)s)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="(default: bf16 where the GPU has it, fp32 on CPU)")
     add("--compile", action="store_true", help="run the UNet through torch.compile, on CUDA with CUDA graphs (a minute or more at the start; needs "
         "a C++ compiler)")
     parser.set_defaults(batch_size=16, background=None)

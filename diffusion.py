@@ -211,12 +211,16 @@ def grow_conv_in(unet, in_channels):
     return grown
 
 
-MOST_SHARES = 1 << 26  # of segments in cells, that a labelling holds at a time: 256 MB
+MOST_SHARES = 1 << 26  # of segments in cells, that `segment_means` holds at a time: 256 MB
 
 
 def segment_means(x, ids, count):
     """Means of x (B x C x h x w) over the pixels of each id 0..count-1 of ids (B x H x W) -> B x count x C, 0 where an id is absent."""
     h, w = x.shape[2:]
+    if len(x) * count * h * w > MOST_SHARES and count > 3:                 # one half of the ids, then the other; the rest as one segment
+        half, ids = count // 2, ids.long()
+        low, high = segment_means(x, ids.clamp(max=half), half + 1), segment_means(x, (ids - half + 1).clamp(min=0), count - half + 1)
+        return torch.cat([low[:, :half], high[:, 1:]], 1)
     row, col = (((torch.arange(n, device=x.device) + 0.5) * cells / n).long() for n, cells in zip(ids.shape[1:], (h, w)))
     place = ((ids.long() * h + row[:, None]) * w + col).flatten(1)         # B x HW: of which id and in which cell each pixel is
     pixels = torch.zeros(len(x), count * h * w, device=x.device).scatter_add_(1, place, torch.ones(place.shape, device=x.device))
@@ -267,11 +271,7 @@ class Classifier(nn.Module):
         merge: proposals of one stuff category become one segment, as COCO's panoptic format has it."""
         known, where = np.unique(ids, return_inverse=True)
         where = where.reshape(ids.shape)
-        some, means = min(len(known), max(1, MOST_SHARES // logits[0].numel())), []           # segments at a time
-        for k in range(0, len(known), some):
-            part = np.where((where >= k) & (where < k + some), where - k, some)
-            means.append(segment_means(logits[None], torch.from_numpy(part[None]).to(logits.device), some + 1)[0, :some].cpu())
-        means = torch.cat(means)[:len(known)]
+        means = segment_means(logits[None], torch.from_numpy(where[None]).to(logits.device), len(known))[0].cpu()
         score, best = (t.numpy() for t in means.softmax(1).max(1))         # K each
         if merge:
             stuff = np.array([not c["isthing"] for c in self.categories])[best] & (known > 0)
@@ -320,7 +320,7 @@ class LDM(nn.Module):
             z = self.encode(ids).float()                                   # encode the target
             image_latent = self.encode_image(images).float()               # encode the image
             zj = self.ddim.add_noise(z, eps, j)                            # eq. 3
-            self_cond, first = torch.zeros_like(z), conditioned.nonzero()[:, 0].to(z.device, non_blocking=z.is_cuda)
+            self_cond, first = torch.zeros_like(z), ae.move(conditioned.nonzero()[:, 0], z.device)
             if len(first):                                                 # self-conditioning: a first estimate of z^0
                 output = self.denoise(zj[first], image_latent[first], self_cond[first], j[first])
                 self_cond[first] = self.ddim.remove_noise(zj[first], output, j[first])
@@ -416,8 +416,8 @@ def cache_latents(model, train_set, args, device, precision, rank, world):
         dist.barrier()
     latents, state = np.load(path, mmap_mode="r+"), np.load(state_path, mmap_mode="r+")
     images = data.Images(source, size, [i for i in range(rank, len(source), world) if state[i] != 1])
-    loader = torch.utils.data.DataLoader(images, args.batch_size // world // args.accum, num_workers=args.num_workers, collate_fn=list)
-    for batch in tqdm(loader, "image latents", disable=not is_main() or not len(images)):
+    batches = data.loader(images, batch_size=args.batch_size // world // args.accum, num_workers=args.num_workers, collate_fn=list)
+    for batch in tqdm(batches, "image latents", disable=not is_main() or not len(images)):
         fine = [(i, picture) for i, picture in batch if picture is not None]
         if fine:
             x = torch.from_numpy(np.stack([picture for _, picture in fine])).to(device)
@@ -450,7 +450,7 @@ def image_noise(seed, keys, shape, device):
     for key in keys:
         digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
         draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))))
-    return torch.stack(draws).to(device, non_blocking=torch.device(device).type == "cuda")     # MPS would read memory that is free by then
+    return ae.move(torch.stack(draws), torch.device(device))
 
 
 def fresh_noise(seed, keys, shape, device):
@@ -829,7 +829,7 @@ def main(argv=None):
             group["lr"] = ae.learning_rate(it, args)
         ae.seed_iteration(args.seed, it, rank)
         for k in range(args.accum):
-            images, ids, *classes = (t.to(device, non_blocking=device.type == "cuda") for t in next(batches))
+            images, ids, *classes = (ae.move(t, device) for t in next(batches))
             latent = (len(ids), 4, args.size // autoencoder.factor, args.size // autoencoder.factor)
             eps, j = torch.randn(latent, device=device), torch.randint(0, model.ddim.T, (len(ids),), device=device)
             place = torch.arange(len(ids)) + rank * per_process + k * len(ids)       # in the global batch

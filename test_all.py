@@ -1169,7 +1169,7 @@ def test_a_run_goes_on_as_its_checkpoint_was_trained(tmp_path, trained):
         assert (settings["self_cond"], settings["connected"]) == (self_cond, connected)
 
 
-def test_segment_means_equal_means_over_masks():
+def test_segment_means_equal_means_over_masks(monkeypatch):
     torch.manual_seed(0)
     x, ids = torch.randn(2, 3, 4, 5), torch.randint(0, 6, (2, 12, 10))
     means, full = diffusion.segment_means(x, ids, 8), F.interpolate(x, size=(12, 10), mode="nearest")
@@ -1177,6 +1177,8 @@ def test_segment_means_equal_means_over_masks():
         for i in range(6):
             assert torch.allclose(means[b, i], full[b][:, ids[b] == i].mean(1), atol=1e-5)
     assert not means[:, 6:].any() and diffusion.segment_means(x, ids[:, :1, :1], 8).isfinite().all()
+    monkeypatch.setattr(diffusion, "MOST_SHARES", 1)                       # some at a time
+    assert torch.allclose(diffusion.segment_means(x, ids, 8), means, atol=1e-6)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 99])
