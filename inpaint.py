@@ -1,264 +1,331 @@
-"""inpaint.py: complete a partial segmentation, with the ids that it has (paper section 3.3, Algorithm 3; Fig. 6, Fig. 9 right).
+"""inpaint.py: complete a partial segmentation, keeping its ids (paper 3.3, Algorithm 3; Fig. 6, 9).
 
-    python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks of held-out masks, complete them
-    python inpaint.py --click 4                           # complete discs of this radius, one on each object
-    python inpaint.py --sweep                             # PQ over drop rate x block size: table and plot
-    python inpaint.py --sweep --ae ae.pt --valid 0.05     # with an encoder that ae.py --drop_input taught to read partial maps
-    python inpaint.py --image photo.jpg --mask part.png   # complete your own mask (id PNG, 0 = unknown)
+    python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks, complete
+    python inpaint.py --click 4                           # one click of this radius on each object
+    python inpaint.py --sweep                             # over drop rates and block sizes
+    python inpaint.py --image photo.jpg --mask part.png   # your own mask (id PNG, 0 = unknown)
+    python inpaint.py --paper --steps 50                  # Algorithm 3 exactly as printed
 
-Symbols: y the partial id map (0 = unknown), M which latent cells count as given (B x 1 x h x w), z_known = scale * E(y);
-the rest as in diffusion.py. A block is `block` pixels of the network's input wide (512 for the paper's model).
+Symbols: y the partial id map (0 = unknown), known = scale * E(y), M which latent cells count as
+given (B x 1 x h x w: at least half of their pixels are); the rest as in diffusion.py. A block is so
+many pixels of the network's input wide (512 for the paper's model).
 
-Algorithm 3 as printed is `--no-renoise`. There the unknown cells keep their first noise, which speaks for ids of its own
-against those given; by default each step draws it anew, which agrees with the given ids far more often (README, Results).
+Ids survive because they are content, not an order of outputs: latents of given cells are held,
+given pixels pasted. A segmenter that matches its outputs to objects can't do that. But which segment
+has which id is decided at high noise, where held cells say almost nothing. So by default (`complete`,
+beyond the paper) each estimate's segments are renamed after the given ids that they cover.
 """
+
 import time
 from pathlib import Path
-
-import data
-from data import BadInput
-
-parser = data.Parser(__doc__, out="out")
-data.sampling_flags(parser, renoise=True)
-add = parser.add_argument
-add("--steps", type=data.positive, default=50, help="sampling steps (default %(default)s)")
-add("--drop", type=data.fraction, default=0.5, help="share of blocks that is dropped (default %(default)s)")
-add("--block", type=data.positive, default=8, help="side of a block in pixels of the network's input (default %(default)s)")
-add("--valid", type=data.fraction, default=0.5, help="share of given pixels from which a latent cell counts as given (default %(default)s)")
-add("--click", type=data.positive, metavar="R", help="instead of blocks give one disc of this radius (pixels of the picture) on each thing")
-add("--ae", help="read partially given latent cells with this autoencoder: one that ae.py --drop_input made from the model's own; "
-    "needs a --valid below the share that is given")
-add("--sweep", action="store_true", help="drop rates 0.1..0.9 x block sizes of 1/32..1/4 of the side")
-add("--image", help="a picture of yours, with --mask")
-add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
-if __name__ == "__main__":
-    parser.at_once()                                                       # --help and wrong flags need not wait for torch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ae
+import data
 import diffusion
+import pq
 import sample
+from data import BadInput, world
 
 
 @torch.no_grad()
-def inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh=None):
-    """Algorithm 3: sample the latent while the given cells are held at their (noised) known value.
+def inpaint(model, image_latent, known, M, noise, steps):
+    """Algorithm 3: sample the latent while given cells are held at their (noised) known value.
 
-    image_latent: B x c x h x w; z_known, noise, eps0: B x 4 x h x w; M: B x 1 x h x w, 1 where given;
-    fresh: None is Algorithm 3; a function of j that gives new noise (`diffusion.fresh_noise`) makes the steps stochastic."""
-    z, self_cond = noise, torch.zeros_like(noise)
-    timesteps = model.ddim.timesteps(steps)
-    for j, j_prev in zip(timesteps, timesteps[1:] + [-1]):
-        z = M * model.ddim.add_noise(z_known, eps0, j) + (1 - M) * z       # given cells: known latent, noised to j
+    known: B x 4 x h x w; M: B x 1 x h x w, 1 = given; noise: two of B x 4 x h x w, where sampling
+    begins and what the given cells are noised with."""
+    (z, eps0), self_cond = noise, torch.zeros_like(known)
+    for j, j_prev in model.schedule(steps):
+        z = M * model.ddim.add_noise(known, eps0, j) + (1 - M) * z  # given cells: noised to j
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
-        z0 = M * z_known + (1 - M) * z0
-        self_cond = z0 if model.settings["self_cond"] else self_cond
-        z = model.ddim.step(z, z0, j, j_prev, fresh and fresh(j))          # eq. 5
+        z0 = M * known + (1 - M) * z0
+        self_cond = z0
+        z = model.ddim.step(z, z0, j, j_prev)  # eq. 5
     return z0
 
 
 @torch.no_grad()
-def complete_tiles(model, images, partial, keys, steps, seed, valid, renoise, reader=None):
-    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0..N-1, 0 = unknown) -> list of ids, certainty.
+def complete(model, image_latent, given, noise, steps, fresh=None):
+    """What is done by default, beyond the paper: B x 4 x h x w, from given ids (B x S x S).
 
-    Parameters: `complete`. A given pixel keeps its id, with certainty 1."""
-    device, size, f = next(model.parameters()).device, model.settings["size"], model.autoencoder.factor
-    y = torch.from_numpy(np.stack([data.resize_ids(p, size, size) for p in partial]).astype(np.uint8)).to(device)
-    z_known, image_latent = model.encode(y), model.encode_image(diffusion.network_input(images, size, device))
-    share = F.avg_pool2d((y > 0).float()[:, None], f)                      # of a cell's pixels that are given: B x 1 x h x w
-    if reader is not None:
-        z_known = torch.where(share < 1, model.scale * reader.encode(y)[0], z_known)
-    M = (share >= max(valid, 1e-6)).float()                                # B x 1 x h x w
-    noise = diffusion.image_noise(seed, keys, (4, *z_known.shape[2:]), device)
-    eps0 = diffusion.image_noise(seed, [f"{k} known" for k in keys], (4, *z_known.shape[2:]), device)
-    fresh = diffusion.fresh_noise(seed, keys, (4, *z_known.shape[2:]), device) if renoise else None
-    logits = model.decode(inpaint(model, image_latent, z_known, M, noise, eps0, steps, fresh))
-    found = [ae.argmax(l, *p.shape) for l, p in zip(logits, partial)]
-    return [(np.where(p > 0, p, ids), np.where(p > 0, np.float32(1), certainty)) for p, (ids, certainty) in zip(partial, found)]
+    Algorithm 3 with three changes. The given part is told to the network from the start, where it
+    looks for its last estimate (trained by diffusion.py --given). Each estimate is decoded, renamed
+    and encoded again. noise: B x 4 x h x w; fresh: as in `LDM.sample`."""
+    known, cells = model.known(given)  # cells: those with any given pixel
+    M = F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor) >= 0.5
+    z, self_cond = noise, cells * known
+    for j, j_prev in model.schedule(steps):
+        z = torch.where(M, model.ddim.add_noise(known, noise, j), z)
+        output = model.denoise(z, image_latent, self_cond, j)
+        z0 = model.ddim.remove_noise(z, output, j)
+        if j_prev >= 0:
+            ids = [rename(*pair) for pair in zip(*to_numpy(model.likeliest(z0), given))]
+            z0 = model.encode(torch.from_numpy(np.stack(ids)).to(z.device))
+        z = model.ddim.step(z, z0, j, j_prev, fresh and fresh(j))
+        self_cond = torch.where(cells, known, z0)
+    return z0
 
 
-def complete(model, images, partial, keys, steps=50, seed=0, valid=0.5, threshold=0.5, renoise=True, votes=1, overlap=0.25, batch_size=16,
-             reader=None):
-    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, 0 = unknown) of any sizes -> list of H x W int32.
+def to_numpy(*tensors):
+    """Tensors as NumPy arrays."""
+    return [t.cpu().numpy() for t in tensors]
 
-    valid: share of given pixels from which a latent cell counts as given. Given pixels keep their ids, segments that the model
-    adds get ids above them. votes: as in `sample.predict`. renoise: draw the noise of unknown cells anew at each step; False is Algorithm 3 as printed.
-    reader: an `ae.Autoencoder` that reads the cells of which only a part is given (ae.py --drop_input).
-    A model that was trained on crops works in tiles. Where a picture, or tile, has more than N - 1 ids, the smaller ones are left aside."""
-    side, N, pieces = model.settings["crop"], model.autoencoder.num_ids, []
-    names = [np.unique(np.append(y, 0)) if y.max() >= N else None for y in partial]            # large ids are counted through: 0, 1, 2, ...
-    partial = [y if known is None else known.searchsorted(y) for y, known in zip(partial, names)]
-    all_corners = [sample.tile_corners(*y.shape, side, overlap) if side else [None] for y in partial]
-    for image, y, key, corners in zip(images, partial, keys, all_corners):
-        parts = zip(sample.cut(image, side, corners), sample.cut(y, side, corners)) if side else [(image, y)]
-        for corner, (part, ids) in zip(corners, parts):
-            known, place, area = np.unique(ids, return_inverse=True, return_counts=True)       # the tile's ids become 1..N-1
-            kept = sorted((k for k in range(len(known)) if known[k]), key=lambda k: -area[k])[:N - 1]
-            own = known.copy() if known[-1] < N else np.zeros_like(known)
-            if known[-1] >= N:
-                own[kept] = np.arange(len(kept)) + 1
-            pieces.append((part, own[place.reshape(ids.shape)], key if corner is None else f"{key} at {corner}", dict(zip(own.tolist(), known.tolist()))))
-    parts, ids, places, backs = zip(*pieces)
-    found = sample.vote(lambda keys, parts, ids: complete_tiles(model, parts, ids, keys, steps, seed, valid, renoise, reader), places, parts, ids,
-                        votes=votes, batch_size=batch_size, shared=backs)
+
+def rename(ids, given):
+    """Segments of an id map (H x W) get the given id (0 = unknown) that they cover most, one to one;
+    others keep theirs, or get an unused one. Given pixels are pasted. H x W -> H x W int64."""
+    name = diffusion.assign(np.where(given > 0, ids, 0), given)
+    taken = {*np.unique(given).tolist(), *name.values()}
+    free = (i for i in range(1, len(taken) + ids.max() + 2) if i not in taken)
+    for i in np.unique(ids).tolist():
+        if i not in name:
+            name[i] = next(free) if i in taken else i
+            taken.add(name[i])
+    table = np.array([name.get(i, 0) for i in range(ids.max() + 1)])
+    return np.where(given > 0, given, table[ids])
+
+
+def complete_tiles(model, keys, tiles, args):
+    """Complete some tiles (image and partial ids below N of each): ids and certainty of each."""
+    images, partial = zip(*tiles)
+    size, device = model.settings["size"], next(model.parameters()).device
+    y = np.stack([data.resize_ids(p, size, size) for p in partial])
+    given = torch.from_numpy(y).to(device)  # B x S x S
+    image_latent = model.encode_image(diffusion.network_input(model, images))
+    noise, fresh = diffusion.noises(model, image_latent, keys, args.seed)
+    if args.paper:
+        eps0, _ = diffusion.noises(model, image_latent, [f"{k} known" for k in keys], args.seed)
+        M = (F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor) >= 0.5).float()
+        z0 = inpaint(model, image_latent, model.encode(given), M, (noise, eps0), args.steps)
+    else:
+        z0 = complete(model, image_latent, given, noise, args.steps, fresh)
+    found = []
+    for logits, p in zip(model.decode(z0), partial):
+        ids, certainty = diffusion.segments(model, logits, *p.shape)
+        ids = np.where(p > 0, p, ids) if args.paper else rename(ids, p)
+        found.append((ids, np.where(p > 0, np.float32(1), certainty)))
+    return found
+
+
+def complete_batch(model, images, partial, keys, args):
+    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, any ids, 0 =
+    unknown) of any sizes -> list of H x W int32.
+
+    Given pixels keep their ids, what the model adds gets ids above them. A model that was trained on
+    crops works in tiles. Of more than N - 1 ids in a picture (or tile) the smallest are left aside.
+    """
+    side, most, pieces, places = model.settings["crop"], model.autoencoder.num_ids - 1, [], []
+    names = [np.unique(np.append(y, 0)) for y in partial]
+    counted = [known.searchsorted(y) for y, known in zip(partial, names)]  # 0, 1, 2, ...
+    for image, y, key in zip(images, counted, keys):
+        corners = sample.tile_corners(*y.shape, side) if side else [(0, 0)]
+        cuts = [sample.cut(x, side, corners) if side else [x] for x in (image, y)]
+        places.append(corners)
+        for corner, part, ids in zip(corners, *cuts):
+            area = np.bincount(ids.ravel())[1:]
+            kept = 1 + np.sort(np.argsort(-area, kind="stable")[: min(most, (area > 0).sum())])
+            own = np.searchsorted(kept, ids) + 1  # the tile's ids are 1..N-1
+            own = np.where(np.isin(ids, kept), own, 0)
+            pieces.append(((part, own), f"{key} at {corner}" if side else key, kept))
+
+    def draw(keys, tiles):
+        """One sample of some tiles."""
+        return complete_tiles(model, keys, tiles, args)
+
+    tiles, tile_keys, kept_of = zip(*pieces)
+    samples = sample.vote(draw, tile_keys, tiles, args.votes, args.batch_size)
     results, done = [], 0
-    for y, given, corners in zip(partial, names, all_corners):
-        top, tiles = int(y.max()), []
-        for (ids, certainty), (*_, back) in zip(found[done:done + len(corners)], pieces[done:]):
-            table = np.array([back.get(i, top + i) if i else 0 for i in range(ids.max() + 1)])  # given ids as they were, new ones above them
-            tiles.append((table[ids], certainty))
+    for y, known, image, corners in zip(counted, names, images, places):
+        found = []
+        for n in range(done, done + len(corners)):
+            shared = len(kept_of[n])
+            ids, certainty = sample.consensus(samples[n], shared)
+            table = np.arange(ids.max() + 1) + len(known)  # what the tile adds
+            table[: shared + 1] = np.append(0, kept_of[n])[: len(table)]
+            found.append((table[ids], certainty))
         done += len(corners)
-        ids, certainty = sample.stitch(tiles, corners, y.shape, shared=top) if side else tiles[0]
-        ids = np.where(y > 0, y, ae.keep(ids, certainty, threshold, model.settings["min_area"]))
-        if given is not None:
-            ids = np.append(given, given[-1] + 1 + np.arange(ids.max()))[ids]
-        results.append(ids.astype(np.int32))
+        whole = sample.stitch(found, corners, y.shape, len(known) - 1) if side else found[0]
+        ids = ae.keep(*whole, diffusion.least_area(model, image))
+        ids = np.where(y > 0, y, ids)
+        added = known[-1] + 1 + np.arange(max(0, ids.max() - len(known) + 1))
+        results.append(np.append(known, added)[ids].astype(np.int32))
     return results
 
 
-def drop_blocks(size, drop, block, rng):
-    """Which pixels stay given (size x size, bool): each cell of a block x block grid is dropped with probability `drop`."""
-    cells = rng.random((-(-size // block),) * 2) >= drop
-    return cells.repeat(block, 0).repeat(block, 1)[:size, :size]
+# ------------------------------------------------------------------------------------ evaluation
 
 
-def discs(ids, things, radius):
-    """Which pixels stay given (H x W, bool) if each thing was clicked on: a disc around the pixel nearest to its centre of gravity."""
-    given, (y, x) = np.zeros(ids.shape, bool), np.indices(ids.shape)
-    for i in things:
-        rows, cols = np.nonzero(ids == i)
-        middle = ((rows - rows.mean()) ** 2 + (cols - cols.mean()) ** 2).argmin() if len(rows) else None
-        if middle is not None:
-            given |= (ids == i) & ((y - rows[middle]) ** 2 + (x - cols[middle]) ** 2 <= radius ** 2)
+def given_pixels(sample_, stuff, args, side):
+    """Which pixels of a sample are given (H x W, bool): a click on each thing, or blocks.
+
+    side: of what the network sees, in pixels of the picture and of its input."""
+    ids = sample_["ids"]
+    if not args.click:
+        rng = np.random.default_rng((args.seed, 4, *str(sample_["image_id"]).encode()))
+        scaled = [max(1, round(n * side[1] / side[0])) if side[0] else side[1] for n in ids.shape]
+        blocks = data.drop_blocks(max(scaled), args.drop, args.block, rng)
+        return data.resize_ids(blocks[: scaled[0], : scaled[1]], *ids.shape)
+    given = np.zeros(ids.shape, bool)
+    for s in sample_["segments_info"]:
+        pixels = np.argwhere(ids == s["id"])
+        if s["category_id"] not in stuff and len(pixels):
+            middle = pixels[np.linalg.norm(pixels - pixels.mean(0), axis=1).argmin()]
+            given[tuple(pixels[data.stroke(pixels, middle, middle, args.click)].T)] = True
     return given
 
 
-def settings(args):
-    """What the flags say, as the last parameters of `complete`."""
-    return args.steps, args.seed, args.valid, args.threshold, *sample.choices(args), args.reader
+def evaluate(model, dataset, args):
+    """Drop and complete a held-out set. Returns, in percent, PQ and id_accuracy (the share of unknown
+    pixels that get the right id) of the completion, of the input as it is and of a sample that is
+    renamed after the input; and picture rows."""
+    scores = {name: pq.Score() for name in ("completion", "input", "renamed")}
+    right, unknown, rows = dict.fromkeys(scores, 0), 0, []
+    stuff = {c["id"] for c in dataset.source.categories if not c["isthing"]}
+    side = model.settings["crop"], model.settings["size"]
 
-
-def evaluate(model, dataset, drop, block, args, baselines=True):
-    """Drop and complete a held-out set: PQ, SQ, RQ in percent by name (inpainting, and as baselines the input as it is
-    and sampling without a mask), picture rows, seconds that inpainting took for an image."""
-    names = ["inpainting", "input", "sampling"] if baselines else ["inpainting"]
-    scores, rows, crop = {n: ae.Score() for n in names}, [], model.settings["crop"]
-    size, num_ids, seconds = model.settings["size"], model.autoencoder.num_ids, 0.0
-    stuff = {c["id"] for c in data.categories_of(dataset.source) if not c["isthing"]}
-    for samples in data.evaluation_batches(dataset, args.batch_size, num_workers=args.num_workers):
-        keys, images, truths, infos, partial = [s["image_id"] for s in samples], [s["image"] for s in samples], [], [], []
+    def predict(samples):
+        """Completions of one batch."""
+        nonlocal unknown
+        images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
+        truths, partial = [], []
         for s in samples:
-            rng = np.random.default_rng((args.seed, 4, *str(s["image_id"]).encode()))
-            new = {i["id"]: 0 if i.get("iscrowd") else i["id"] for i in s["segments_info"]}
-            truths.append(data.relabel(s["ids"], s["segments_info"], num_ids, rng, mapping=new) if not crop else
-                          np.where(np.isin(s["ids"], [i for i in new if new[i]]), s["ids"], 0))
-            infos.append([{**i, "id": new[i["id"]]} for i in s["segments_info"] if new[i["id"]]])
-            if args.click:
-                given = discs(truths[-1], [i["id"] for i in infos[-1] if i.get("category_id") not in stuff], args.click)
-            elif crop:                                                     # a block is so many pixels of what the network sees
-                scaled = [max(1, round(n * size / crop)) for n in truths[-1].shape]
-                given = data.resize_ids(drop_blocks(max(scaled), drop, block, rng)[:scaled[0], :scaled[1]], *truths[-1].shape)
-            else:
-                given = data.resize_ids(drop_blocks(size, drop, block, rng), *truths[-1].shape)
-            partial.append(np.where(given, truths[-1], 0))
-        began = time.time()
-        found = {"inpainting": complete(model, images, partial, keys, *settings(args)), "input": partial}
-        seconds += time.time() - began
-        if baselines:
-            found["sampling"] = sample.segment_batch(model, images, keys, args.steps, args.seed, args.threshold, *sample.choices(args))
-        for k, (s, truth) in enumerate(zip(samples, truths)):
-            for name in names:
-                scores[name].update(s, found[name][k], truth, infos[k])
-            if len(rows) < 6:
-                rows.append([s["image"], data.colorize(partial[k]), data.colorize(found["inpainting"][k]), data.colorize(truth)])
-    return {name: diffusion.percent(score.result()) for name, score in scores.items()}, rows, seconds / len(dataset)
+            listed = [i["id"] for i in s["segments_info"] if not i["iscrowd"]]
+            truths.append(np.where(np.isin(s["ids"], listed), s["ids"], 0))
+            partial.append(np.where(given_pixels(s, stuff, args, side), truths[-1], 0))
+        drawn = sample.predict(model, images, keys, args)
+        least = [diffusion.least_area(model, image) for image in images]
+        drawn = [rename(ae.keep(*d, a), y) for d, a, y in zip(drawn, least, partial)]
+        done = complete_batch(model, images, partial, keys, args)
+        for k, (s, truth, y) in enumerate(zip(samples, truths, partial)):
+            to_find = (y == 0) & (truth > 0)
+            unknown += to_find.sum()
+            for name, ids in (("completion", done[k]), ("input", y), ("renamed", drawn[k])):
+                right[name] += (ids == truth)[to_find].sum()
+                scores[name].update(s, ids)
+            yield done[k], [data.colorize(m) for m in (y, done[k], truth)]
+
+    _, rows = ae.evaluate(dataset, predict, args.batch_size)
+    figures = {name: pq.percent(score.result()) for name, score in scores.items()}
+    for name, found in right.items():
+        figures[name]["id_accuracy"] = 100 * float(found) / max(int(unknown), 1)
+    return figures, rows
 
 
-def complete_file(model, args, out):
-    """--image and --mask: complete a user's own partial mask, keeping its ids. Raises BadInput."""
-    image, given = data.read_image(args.image, upright=True), data.read_id_png(args.mask)
+def sweep(model, dataset, args):
+    """Fig. 9, right: PQ and id accuracy over drop rates and block sizes: table, plot, examples."""
+    size, out, cells, examples = model.settings["size"], Path(args.out), {}, []
+    blocks = sorted({max(1, size // d) for d in (32, 16, 8, 4)})
+    lines = ["| drop |" + "".join(f" block {b} |" for b in blocks), "|---|" + "---|" * len(blocks)]
+    print("PQ / id accuracy (both of sampling and renaming)\n" + "\n".join(lines))
+    for args.drop in (0.1, 0.3, 0.5, 0.7, 0.9):
+        row = []
+        for args.block in blocks:
+            figures, rows = evaluate(model, dataset, args)
+            cells[args.drop, args.block] = figures
+            pairs = [
+                [figures[n][k] for k in ("pq", "id_accuracy")] for n in ("completion", "renamed")
+            ]
+            row.append("{:.1f} / {:.1f} ({:.1f} / {:.1f})".format(*sum(pairs, [])))
+            examples += [rows[0][1:3]]
+        lines.append(f"| {args.drop} | " + " | ".join(row) + " |")
+        print(lines[-1], flush=True)
+    with data.replacing(out / "inpaint_sweep.md") as file:
+        file.write_text("\n".join(lines) + "\n")
+    curves = {}
+    for (drop, block), figures in cells.items():
+        curves.setdefault(f"block {block}", []).append((drop, figures["completion"]["pq"]))
+    data.plot(out / "inpaint_sweep.png", curves, "drop rate", "PQ")
+    rows = [sum(examples[k : k + len(blocks)], []) for k in range(0, len(examples), len(blocks))]
+    captions = sum([[f"block {b}", "completion"] for b in blocks], [])
+    data.picture(out / "inpaint_examples.png", data.sheet(rows, captions, cell=100))
+    print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}")
+    return {f"drop {d} block {b}": figures for (d, b), figures in cells.items()}
+
+
+def complete_file(model, args):
+    """--image and --mask: complete a user's own partial mask. Raises BadInput."""
+    image, given = data.read_image(args.image), data.read_id_png(args.mask)
     if given.shape != image.shape[:2]:
-        raise BadInput(f"--mask {args.mask}: is {given.shape[1]} x {given.shape[0]} pixels, the image {image.shape[1]} x {image.shape[0]}; "
-                       "they must be of one size")
-    known, num_ids = [int(i) for i in np.unique(given) if i], model.autoencoder.num_ids
-    if known and known[-1] > (1 << 24) - 1 - (1 << 16):
-        raise BadInput(f"--mask {args.mask}: its id {known[-1]} leaves no room for new ones in 24 bits; number its segments from 1")
-    if len(known) > num_ids - 1 and not model.settings["crop"]:
-        raise BadInput(f"--mask {args.mask}: holds {len(known)} ids, this model knows {num_ids - 1}")
-    began = time.time()
-    ids = complete(model, [image], [given], [Path(args.image).stem], *settings(args))[0]
+        sizes = [f"{x.shape[1]} x {x.shape[0]}" for x in (given, image)]
+        raise BadInput(f"--mask {args.mask}: is {sizes[0]} pixels, the image {sizes[1]}")
+    known = np.unique(given[given > 0])
+    if len(known) and known[-1] > data.MAX_ID - (1 << 16):
+        raise BadInput(f"--mask {args.mask}: id {known[-1]} leaves no room for more: count from 1")
+    if len(known) >= model.autoencoder.num_ids and not model.settings["crop"]:
+        most = model.autoencoder.num_ids - 1
+        raise BadInput(f"--mask {args.mask}: holds {len(known)} ids, this model knows {most}")
+    began, stem = time.time(), Path(args.out, Path(args.image).stem)
+    ids = complete_batch(model, [image], [given], [stem.name], args)[0]
     seconds = time.time() - began
-    stem, out_ids = Path(args.image).stem, out / f"{Path(args.image).stem}_completed.png"
-    data.write_id_png(out_ids, ids)
-    segments_info = sample.label_batch(model, [image], [ids], merge=False)[0][1]
-    data.write_json(out / f"{stem}_completed.json", {"file_name": out_ids.name, "segments_info": segments_info})
+    data.write_id_png(f"{stem}_completed.png", ids)
+    _, info = sample.label(model, [image], [ids], merge=False)[0]
+    content = {"file_name": f"{stem.name}_completed.png", "segments_info": info}
+    data.write_json(f"{stem}_completed.json", content)
     row = [image, data.colorize(given), data.colorize(ids), data.overlay(image, ids)]
-    data.picture(out / f"{stem}_inpaint.png", [row], ["image", "given", "completion", "overlay"], cell=256)
-    added = len(set(np.unique(ids).tolist()) - {0, *known})
-    if args.json:
-        data.write_json(args.json, {"images": 1, "given": len(known), "added": added, "seconds_per_image": seconds})
-    print(f"{len(known)} given ids kept, {added} added -> {out_ids}, {out / f'{stem}_inpaint.png'}")
+    page = data.sheet([row], ["image", "given", "completion", "overlay"], cell=256)
+    data.picture(f"{stem}_inpaint.png", page)
+    added = len(set(np.unique(ids).tolist()) - {0, *known.tolist()})
+    print(f"{len(known)} ids kept, {added} added -> {stem}_completed.png, {stem}_inpaint.png")
+    return {"given": len(known), "added": added, "seconds_per_image": seconds}
+
+
+def flags():
+    """The command line."""
+    parser = sample.sampling_parser(__doc__)
+    add = parser.add_argument
+    add("--steps", type=data.positive, help="sampling steps (default: as the checkpoint says)")
+    add("--drop", type=data.fraction, default=0.5, help="share of dropped blocks (%(default)s)")
+    add("--block", type=data.positive, default=8, help="side of a block in px (%(default)s)")
+    add(
+        "--click",
+        type=data.positive,
+        metavar="R",
+        help="instead a click of this radius on each thing",
+    )
+    add(
+        "--sweep", action="store_true", help="drop rates 0.1..0.9 x blocks of 1/32..1/4 of the side"
+    )
+    add("--image", help="a picture of yours, with --mask")
+    add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
+    return parser
 
 
 @data.command
 def main(argv=None):
-    """Command line: complete dropped masks of a held-out set, sweep over them, or complete a user's mask."""
-    args = parser.parse_args(argv)
-    diffusion.DDIM().timesteps(args.steps)
+    """Command line: complete dropped masks of a held-out set, or a user's mask."""
+    args = flags().parse_args(argv)
     if bool(args.image) != bool(args.mask):
         raise BadInput("--image and --mask belong together: give both")
-    if args.click and (args.sweep or args.image):
-        raise BadInput("--click: clicks on a held-out set; it does not go with --sweep or --image")
-    device, _, world = ae.setup(args)
-    ae.alone(world, "inpaint.py")
-    model, out = sample.open_model(args, device), Path(args.out)
-    args.reader = reader = ae.load_autoencoder(args.ae).to(device) if args.ae else None
-    if args.ae:
-        own = model.autoencoder.decoder.state_dict()
-        if reader.settings != model.autoencoder.settings or not all(torch.equal(v, own[k]) for k, v in reader.decoder.state_dict().items()):
-            raise BadInput(f"--ae {args.ae}: its decoder is not this model's; make it with ae.py --ckpt MODEL --drop_input")
-    with ae.autocast(ae.pick_precision(args.precision, device), device):
+    if world() > 1 or args.click and (args.sweep or args.image):
+        raise BadInput("--click goes without --sweep and --image, and all without torchrun")
+    device = data.setup(args)
+    model = sample.open_model(args, device)
+    args.steps = args.steps or model.settings["steps"]
+    model.ddim.timesteps(args.steps)
+    with data.autocast(data.precision_of(args, device), device):
         if args.image:
-            return complete_file(model, args, out)
-        dataset, size = sample.open_split(model, args), model.settings["size"]
-        if args.block > size:
-            raise BadInput(f"--block {args.block}: larger than the network's input of {size} px")
-        if not args.sweep:
-            results, rows, seconds = evaluate(model, dataset, args.drop, args.block, args)
-            given = f"discs of radius {args.click}" if args.click else f"drop {args.drop}, block {args.block}"
-            print(f"{len(dataset)} images, {given}, {args.steps} steps, seed {args.seed}\n{'':12}{sample.table_of(results['input'])[0]}")
-            for name, r in results.items():
-                print(f"{name:12}{sample.table_of(r)[1]}")
-            data.picture(out / "inpaint.png", rows, ["image", "given", "completion", "truth"])
-            print(f"-> {out / 'inpaint.png'}")
-            figures = {**results["inpainting"], "pq_input": results["input"]["pq"], "pq_sampling": results["sampling"]["pq"],
-                       **({"click": args.click} if args.click else {"drop": args.drop, "block": args.block})}
+            figures = complete_file(model, args)
+        elif args.sweep:
+            figures = sweep(model, sample.open_split(model, args), args)
         else:
-            drops, blocks = (0.1, 0.3, 0.5, 0.7, 0.9), sorted({max(1, size // d) for d in (32, 16, 8, 4)})
-            lines = ["| drop \\ block |" + "".join(f" {b} |" for b in blocks), "|---|" + "---|" * len(blocks)]
-            print(f"PQ of {len(dataset)} images, {args.steps} steps, seed {args.seed}\n" + "\n".join(lines))
-            cells = {}
-            for drop in drops:
-                cells[drop] = [evaluate(model, dataset, drop, block, args, baselines=False) for block in blocks]
-                lines.append(f"| {drop} |" + "".join(f" {r['inpainting']['pq']:.1f} |" for r, _, _ in cells[drop]))
-                print(lines[-1], flush=True)
-            (out / "inpaint_sweep.md").write_text("\n".join(lines) + "\n")
-            curves = {f"block {b}": (drops, [cells[d][k][0]["inpainting"]["pq"] for d in drops]) for k, b in enumerate(blocks)}
-            data.plot(out / "inpaint_sweep.png", curves, "drop rate", "PQ")
-            examples = [[part for _, rows, _ in row for part in rows[0][1:3]] for row in cells.values()]     # of the first image
-            data.picture(out / "inpaint_examples.png", examples, [t for b in blocks for t in (f"block {b}: given", "completion")],
-                         notes=[f"drop {d}" for d in drops], cell=96)
-            print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}, {out / 'inpaint_examples.png'}")
-            every = [cell for row in cells.values() for cell in row]
-            seconds = float(np.mean([s for _, _, s in every]))             # pq, sq, rq: the mean over the grid
-            figures = {**{k: float(np.mean([r["inpainting"][k] for r, _, _ in every])) for k in ("pq", "sq", "rq")}, "blocks": blocks,
-                       "pq_by_drop": {str(d): [r["inpainting"]["pq"] for r, _, _ in row] for d, row in cells.items()}}
+            dataset, began = sample.open_split(model, args), time.time()
+            figures, rows = evaluate(model, dataset, args)
+            what = f"clicks of radius {args.click}" if args.click else f"drop {args.drop}"
+            print(f"{len(dataset)} images, {what}, block {args.block}, {args.steps} steps")
+            print(pq.line(["", *figures["input"]], 12))
+            for name, row in figures.items():
+                print(pq.line([name, *row.values()], 12))
+            page = data.sheet(rows, ["image", "given", "completion", "truth"])
+            data.picture(f"{args.out}/inpaint.png", page)
+            print(f"-> {args.out}/inpaint.png")
+            seconds = (time.time() - began) / len(dataset)
+            figures |= {"images": len(dataset), "seconds_per_image": seconds}
     if args.json:
-        data.write_json(args.json, {**figures, "images": len(dataset), "seconds_per_image": seconds})
+        data.write_json(args.json, figures)
 
 
 if __name__ == "__main__":
