@@ -454,74 +454,61 @@ def flags():
 def main(argv=None):
     """Command line: train and evaluate stage 1."""
     args = data.parse(flags(), MODELS, argv, "ae")
-    device, out = data.setup(args), Path(args.out)
-    precision = data.precision_of(args, device)
+    device, out, log = data.setup(args), Path(args.out), Path(args.out, "ae_log.jsonl")
     if args.batch_size % world():
         raise BadInput(f"--batch_size {args.batch_size}: must be a multiple of {world()} processes")
 
-    # data
+    # data, model, optimiser: its weight decay is the penalty of eq. 2
     train_source, val_source = data.open_splits(args)
     stream = {"seed": args.seed, "images": False, "crop": args.crop}
     train_set = data.Training(train_source, args.size, args.num_ids, **stream)
     val_set = Evaluation(val_source, args.eval_images, args.crop)
     points = max(256, round(12544 * (args.size / 512) ** 2))  # of each loss
-
-    # model and optimiser, whose weight decay is the penalty of eq. 2
     model = new_model(args).to(device, memory_format=torch.channels_last).train()
-    decay = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), **decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     ddp = DistributedDataParallel(model) if world() > 1 else model
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    start = data.restore(out / "ae_state.pt", parts) if args.resume else 0
-    log = data.Log(out / "ae_log.jsonl", args, start)
-    log.say(f"stage 1, {args.arch}, N = {args.num_ids}, {device}, {precision}", model)
+    mixed = data.autocast(args, device)
+    optimizer = data.Optimizer([{"params": list(model.parameters())}], args, device, CLIP)
+    start = data.restore(out / "ae_state.pt", model, optimizer) if args.resume else 0
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    data.say_once(f"stage 1: {args.arch}, {millions:.2f} M parameters, {device}, {args.precision}")
+    if not start:
+        data.log(log, 0)
 
     # training: eq. 2
-    loader = {"num_workers": args.num_workers}
-    batches = data.training_batches(train_set, range(start, args.iters), args.batch_size, **loader)
-    result = None
-    for it, batch in enumerate(log.progress(batches), start):
-        for group in optimizer.param_groups:
-            group["lr"] = data.learning_rate(it, args)
+    its, result, bar = range(start, args.iters), None, data.progress(args, start)
+    batches = data.training_batches(train_set, its, args.batch_size, 1, args.num_workers)
+    for it, batch in zip(its, batches):
         data.seed_iteration(args.seed, it)
-        ids = batch["ids"].to(device, non_blocking=device.type == "cuda")  # B x S x S
-        with data.autocast(precision, device):
+        ids = data.to_device(batch, device)["ids"]  # B x S x S
+        with mixed:
             logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, B x 4 x h x w
         ce, mask, counts = segmentation_losses(logits, ids, *draw_points(logits, ids, points))
         counts = data.mean_over_ranks(counts)  # DDP takes the mean of the ranks' gradients
-        loss = ce / counts[0] + mask / counts[1]
-        if args.kl:
-            loss = loss + args.kl * kl_loss(mean, logvar)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        if norm.isfinite():  # else the step is skipped
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        loss = ce / counts[0] + mask / counts[1] + args.kl * kl_loss(mean, logvar)
+        optimizer.backward(loss)
+        norm = optimizer.step(it)
 
         # once in a while: log, evaluate, save
+        bar.update(args.batch_size)
         last = it + 1 == args.iters
         if (it + 1) % data.LOG_EVERY == 0 or last:
-            log.write(it + 1, loss=data.mean_over_ranks(loss.detach()), grad_norm=norm)
+            loss = data.mean_over_ranks(loss.detach()).item()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            data.log(log, it + 1, loss=loss, grad_norm=norm, lr=optimizer.learning_rate(it))
         if (it + 1) % args.save_every == 0 or last:
             result, rows = validate(model, val_set, args, device)
-            log.write(it + 1, val_pq=result["pq"])
-            if rank() == 0:
-                data.save(out / "ae.pt", checkpoint(model, args))
-                data.save_state(out / "ae_state.pt", parts, it + 1, args)
+            data.log(log, it + 1, val_pq=result["pq"])
+            data.save_run(out, checkpoint(model, args), args, it + 1, model, optimizer)
 
     # what came of it
-    if result is None:
-        result, rows = validate(model, val_set, args, device)
+    result, rows = (result, rows) if result else validate(model, val_set, args, device)
     if rank() == 0:
         figures = pq.percent(result)
         print(f"reconstruction of {len(val_set)} {args.val_split} images -> {out / 'ae.png'}")
         print(pq.line(figures) + "\n" + pq.line(figures.values()))
-        captions = ["image", "ids", "reconstruction", "error"]
-        data.picture(out / "ae.png", data.sheet(rows, captions))
-        log.plot(out / "ae_loss.png", "loss")
+        data.picture(out / "ae.png", data.sheet(rows, ["image", "ids", "reconstruction", "error"]))
+        if its:
+            data.plot_log(out / "ae_loss.png", log, "loss")
         if args.json:
             data.write_json(args.json, {"images": len(val_set), **figures})
     data.leave()

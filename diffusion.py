@@ -18,6 +18,7 @@ ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off f
 import collections
 import contextlib
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -324,16 +325,21 @@ class LDM(nn.Module):
 # ------------------------------------------- beyond the paper: one pass, by ids that the noise chooses
 
 
-def assign(a, b):
-    """{id of map a: id of map b} of segments that overlap, one to one, largest overlap first."""
-    of_a, of_b, pixels = pq.overlaps(a, b)
-    found, taken = {0: 0}, {0}
+def rename(ids, other):
+    """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
+    one, largest overlap first; the rest keep their ids, or get unused ones."""
+    of_ids, of_other, pixels = pq.overlaps(ids, other)
+    name, taken = {0: 0}, {0}
     for k in np.argsort(-pixels, kind="stable"):
-        i, other = int(of_a[k]), int(of_b[k])
-        if i not in found and other not in taken:
-            found[i] = other
-            taken.add(other)
-    return found
+        i, new = int(of_ids[k]), int(of_other[k])
+        if i not in name and new not in taken:
+            name[i] = new
+            taken.add(new)
+    taken |= set(of_other.tolist())
+    for i in sorted(set(of_ids.tolist()) - name.keys()):
+        name[i] = i if i not in taken else next(n for n in itertools.count(1) if n not in taken)
+        taken.add(name[i])
+    return np.array([name.get(i, 0) for i in range(int(ids.max()) + 1)])[ids]
 
 
 @torch.no_grad()
@@ -346,13 +352,9 @@ def noise_chooses(model, batch, eps, passes):
     """
     image_latent = model.encode_image(batch["image"])
     found = model.likeliest(model.sample(image_latent, eps, passes)).cpu().numpy()
-    ids, num_ids = batch["ids"].cpu().numpy(), model.autoencoder.num_ids
+    ids = batch["ids"].long().cpu().numpy()
     for k in np.flatnonzero(~batch["given"].flatten(1).any(1).cpu().numpy()):
-        new = assign(ids[k], found[k])
-        free = [i for i in torch.randperm(num_ids).tolist() if i and i not in new.values()]
-        known = np.unique(ids[k]).tolist()
-        new |= {i: free.pop() for i in known if i not in new}
-        ids[k] = np.array([new.get(i, 0) for i in range(num_ids)])[ids[k]]
+        ids[k] = rename(ids[k], found[k])
     return torch.from_numpy(ids).to(eps.device)
 
 
@@ -725,21 +727,16 @@ def ae_path(args):
     return args.ae or Path(args.out) / "ae.pt"
 
 
-def decay_groups(model, weight_decay):
+def decay_groups(model):
     """The trained parameters for AdamW: norm layers do not decay (authors)."""
     kinds = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)
     norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if id(p) not in norms], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in norms], "weight_decay": 0.0},
+    groups = [
+        {"params": [p for p in trained if (id(p) in norms) == norm]} for norm in (False, True)
     ]
-
-
-def exchange(weights, average):
-    """Swap the weights and their average."""
-    for p, a in zip(weights, average):
-        p.data, a.data = a.data, p.data
+    groups[1]["weight_decay"] = 0.0
+    return groups
 
 
 def validate(model, dataset, args, device):
@@ -749,7 +746,7 @@ def validate(model, dataset, args, device):
         """Segments of one batch."""
         return predict(model, images, keys, model.settings["steps"], args.seed)
 
-    with data.autocast(data.precision_of(args, device), device):
+    with data.autocast(args, device):
         found = evaluate(model, dataset, find, args)
     model.train()
     return found
@@ -759,37 +756,33 @@ def validate(model, dataset, args, device):
 def main(argv=None):
     """Command line: train and evaluate stage 2."""
     args = data.parse(flags(), MODELS, argv, "ldm")
-    device, out = data.setup(args), Path(args.out)
-    precision = data.precision_of(args, device)
+    device, out, log = data.setup(args), Path(args.out), Path(args.out, "ldm_log.jsonl")
     pieces = -(-args.batch_size // (world() * args.micro_batch))
     if args.batch_size % (world() * pieces):
         told = f"must be a multiple of {world()} processes x {pieces} pieces (--micro_batch)"
         raise BadInput(f"--batch_size {args.batch_size}: {told}")
 
-    # data, model, optimiser, averaged weights
+    # data, model, optimiser
     train_source, val_source = data.open_splits(args)
     model, train_set = start_model(args, train_source)
-    model = model.to(device, memory_format=torch.channels_last)
     val_set = ae.Evaluation(val_source, args.eval_images, args.crop)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in weights] if args.ema else []
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world() > 1 else model
-    loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)
-    parts = {"model": model, "average": average, "optimizer": optimizer, "scaler": scaler}
-    start = data.restore(out / "ldm_state.pt", parts) if args.resume else 0
-    log = data.Log(out / "ldm_log.jsonl", args, start)
-    log.say(f"stage 2, latent scale {model.scale:.4f}, {device}, {precision}, UNet", model.unet)
+    mixed = data.autocast(args, device)
+    optimizer = data.Optimizer(decay_groups(model), args, device, CLIP)
+    loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)  # T
+    start = data.restore(out / "ldm_state.pt", model, optimizer) if args.resume else 0
+    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
+    told = f"UNet {millions:.2f} M parameters, latent scale {model.scale:.4f}"
+    data.say_once(f"stage 2: {told}, {device}, {args.precision}")
+    if not start:
+        data.log(log, 0)
 
     # training: Algorithm 1
-    loader = {"num_workers": args.num_workers}
-    its = range(start, args.iters)
-    batches = iter(data.training_batches(train_set, its, args.batch_size, pieces, **loader))
-    side, T, result = args.size // model.autoencoder.factor, model.ddim.T, None
-    for it in log.progress(its):
-        for group in optimizer.param_groups:
-            group["lr"] = data.learning_rate(it, args)
+    its, result, bar = range(start, args.iters), None, data.progress(args, start)
+    stream = data.training_batches(train_set, its, args.batch_size, pieces, args.num_workers)
+    side, T, batches = args.size // model.autoencoder.factor, model.ddim.T, iter(stream)
+    for it in its:
         data.seed_iteration(args.seed, it)
         loss = torch.zeros(1, device=device)
         for piece in range(pieces):
@@ -801,49 +794,41 @@ def main(argv=None):
             if args.distill:  # beyond the paper: a quarter is learnt where sampling begins
                 j[torch.rand(b, device=device) < 0.25] = T - 1
                 conditioned &= j < T - 1
-                exchange(weights, average)
-                batch["ids"] = noise_chooses(model, batch, eps, args.distill)
-                exchange(weights, average)
-            more_to_come = world() > 1 and piece + 1 < pieces
-            with ddp.no_sync() if more_to_come else contextlib.nullcontext():
-                with data.autocast(precision, device):
+                with optimizer.averaged():
+                    batch["ids"] = noise_chooses(model, batch, eps, args.distill)
+            waits = (
+                ddp.no_sync() if world() > 1 and piece + 1 < pieces else contextlib.nullcontext()
+            )
+            with waits:  # ranks share the gradient of the whole batch
+                with mixed:
                     part = ddp(batch, eps, j, loss_weights, conditioned, args.classes) / pieces
-                scaler.scale(part).backward()
+                optimizer.backward(part)
             loss += part.detach()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(weights, CLIP)
-        if norm.isfinite():  # else the step is skipped
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if average:
-            latest = [p.data for p in weights]
-            torch._foreach_lerp_(average, latest, 1 - min(args.ema, (it + 1) / (it + 10)))
+        norm = optimizer.step(it)
 
         # once in a while: log, evaluate, save
+        bar.update(args.batch_size)
         last = it + 1 == args.iters
         if (it + 1) % data.LOG_EVERY == 0 or last:
-            log.write(it + 1, loss=data.mean_over_ranks(loss), grad_norm=norm)
+            loss = data.mean_over_ranks(loss).item()
+            bar.set_postfix(loss=f"{loss:.4f}")
+            data.log(log, it + 1, loss=loss, grad_norm=norm, lr=optimizer.learning_rate(it))
         if (it + 1) % args.save_every == 0 or last:
-            exchange(weights, average)
-            result, rows = validate(model, val_set, args, device)
-            if rank() == 0:
-                data.save(out / "ldm.pt", checkpoint(model))
-            exchange(weights, average)
-            log.write(it + 1, val_pq=result["pq"])
-            if rank() == 0:
-                data.save_state(out / "ldm_state.pt", parts, it + 1, args)
+            with optimizer.averaged():
+                result, rows = validate(model, val_set, args, device)
+                content = checkpoint(model)
+            data.log(log, it + 1, val_pq=result["pq"])
+            data.save_run(out, content, args, it + 1, model, optimizer)
 
     # what came of it
-    if result is None:
-        result, rows = validate(model, val_set, args, device)
+    result, rows = (result, rows) if result else validate(model, val_set, args, device)
     if rank() == 0:
-        figures = pq.percent(result)
-        steps = model.settings["steps"]
+        figures, steps = pq.percent(result), model.settings["steps"]
         print(f"{len(val_set)} {args.val_split} images, {steps} steps -> {out / 'ldm.png'}")
         print(pq.line(figures) + "\n" + pq.line(figures.values()))
         data.picture(out / "ldm.png", data.sheet(rows, COLUMNS))
-        log.plot(out / "ldm_loss.png", "loss")
+        if its:
+            data.plot_log(out / "ldm_loss.png", log, "loss")
         if args.json:
             data.write_json(args.json, {"images": len(val_set), **figures})
     data.leave()

@@ -63,7 +63,7 @@ def complete(model, image_latent, given, noise, steps, fresh=None):
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
         if j_prev >= 0:
-            ids = [rename(*pair) for pair in zip(*to_numpy(model.likeliest(z0), given))]
+            ids = [renamed(*pair) for pair in zip(*to_numpy(model.likeliest(z0), given))]
             z0 = model.encode(torch.from_numpy(np.stack(ids)).to(z.device))
         z = model.ddim.step(z, z0, j, j_prev, fresh and fresh(j))
         self_cond = torch.where(cells, known, z0)
@@ -75,18 +75,10 @@ def to_numpy(*tensors):
     return [t.cpu().numpy() for t in tensors]
 
 
-def rename(ids, given):
-    """Segments of an id map (H x W) get the given id (0 = unknown) that they cover most, one to one;
-    others keep theirs, or get an unused one. Given pixels are pasted. H x W -> H x W int64."""
-    name = diffusion.assign(np.where(given > 0, ids, 0), given)
-    taken = {*np.unique(given).tolist(), *name.values()}
-    free = (i for i in range(1, len(taken) + ids.max() + 2) if i not in taken)
-    for i in np.unique(ids).tolist():
-        if i not in name:
-            name[i] = next(free) if i in taken else i
-            taken.add(name[i])
-    table = np.array([name.get(i, 0) for i in range(ids.max() + 1)])
-    return np.where(given > 0, given, table[ids])
+def renamed(ids, given):
+    """An id map (H x W) whose segments get the given id (0 = unknown) that they cover most, one to
+    one; given pixels are pasted."""
+    return np.where(given > 0, given, diffusion.rename(ids, given))
 
 
 def complete_tiles(model, keys, tiles, args):
@@ -106,7 +98,7 @@ def complete_tiles(model, keys, tiles, args):
     found = []
     for logits, p in zip(model.decode(z0), partial):
         ids, certainty = diffusion.segments(model, logits, *p.shape)
-        ids = np.where(p > 0, p, ids) if args.paper else rename(ids, p)
+        ids = np.where(p > 0, p, ids) if args.paper else renamed(ids, p)
         found.append((ids, np.where(p > 0, np.float32(1), certainty)))
     return found
 
@@ -198,7 +190,7 @@ def evaluate(model, dataset, args):
             partial.append(np.where(given_pixels(s, stuff, args, side), truths[-1], 0))
         drawn = sample.predict(model, images, keys, args)
         least = [diffusion.least_area(model, image) for image in images]
-        drawn = [rename(ae.keep(*d, a), y) for d, a, y in zip(drawn, least, partial)]
+        drawn = [renamed(ae.keep(*d, a), y) for d, a, y in zip(drawn, least, partial)]
         done = complete_batch(model, images, partial, keys, args)
         for k, (s, truth, y) in enumerate(zip(samples, truths, partial)):
             to_find = (y == 0) & (truth > 0)
@@ -306,7 +298,7 @@ def main(argv=None):
     model = sample.open_model(args, device)
     args.steps = args.steps or model.settings["steps"]
     model.ddim.timesteps(args.steps)
-    with data.autocast(data.precision_of(args, device), device):
+    with data.autocast(args, device):
         if args.image:
             figures = complete_file(model, args)
         elif args.sweep:

@@ -382,7 +382,7 @@ def main(argv=None):
         model.ddim.timesteps(args.steps)
     if args.seeds and (files or len(set(args.seeds)) < 2 or world() > 1):
         raise BadInput("--seeds: two or more, on a split, in one process")
-    with data.autocast(data.precision_of(args, device), device):
+    with data.autocast(args, device):
         if files:
             return segment_files(model, files, args)
         dataset = open_split(model, args)
