@@ -61,8 +61,11 @@ def encode_ids(ids, num_ids, encoding="bits"):
     else:
         x = (ids[:, None] >> k & 1).float()  # B x n x H x W: bit k of the id
         if encoding == "rgb":  # bit k is binary digit k // 3 of colour k % 3, each brought to 0..1
-            colors = [(x[:, c::3] * 2.0 ** k[:, : len(k[0, c::3])]).sum(1) for c in range(3)]
-            x = torch.stack([v / max(2 ** len(k[0, c::3]) - 1, 1) for c, v in enumerate(colors)], 1)
+            digit = 2.0 ** (k // 3)
+            sums = [
+                (x * digit)[:, c::3].sum(1) / digit[:, c::3].sum().clamp(min=1) for c in range(3)
+            ]
+            x = torch.stack(sums, 1)
         x = 2 * x - 1
     return x * (ids != 0)[:, None]
 

@@ -451,73 +451,54 @@ RELEASE |= dict(separate_conv=False, separate_encoder=False, add_adaptor=False, 
 RELEASE |= dict(image_descriptors="remove", backbone="unet", encoding_mode="bits")
 
 
-def release_flat(settings):
-    """The nested settings of an authors' file as one dict."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= release_flat(value) if isinstance(value, dict) else {key: value}
-    return flat
-
-
 def from_release(content, path):
-    """The authors' diffusion checkpoint as an LDM: Stable Diffusion's classes, whose sizes the tensors
+    """The authors' diffusion checkpoint as an LDM: Stable Diffusion's classes, as wide as the tensors
     tell; its settings are honoured or refused by name. Raises BadInput."""
-    told = release_flat(content.get("p") or {})
-    for key, supported in RELEASE.items():
-        if told.get(key, supported) != supported:
-            raise BadInput(
-                f"{path}: its setting {key} is {told[key]!r}; only {supported!r} works here"
-            )
+    told, nested = {}, [content.get("p") or {}]
+    for part in nested:  # the nested settings as one dict
+        told |= part
+        nested += [v for v in part.values() if isinstance(v, dict)]
     predictions = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
-    if told.get("prediction_type", "epsilon") not in predictions:
-        raise BadInput(f"{path}: its setting prediction_type is {told['prediction_type']!r}")
-    strip = {
-        k: {n.removeprefix("module."): v for n, v in content[k].items()} for k in content["kept"]
-    }
-    unet, image, stage1 = strip["unet"], strip["vae_image"], strip["vae_semseg"]
+    prediction = predictions.get(told.get("prediction_type", "epsilon"))
+    for key, supported in [*RELEASE.items(), ("prediction_type", list(predictions))]:
+        value = told.get(key, supported)
+        if value != supported and not (key == "prediction_type" and prediction):
+            raise BadInput(f"{path}: its setting {key} is {value!r}; {supported!r} works here")
+    parts = {"autoencoder": "vae_semseg", "image_encoder": "vae_image", "unet": "unet"}
+    for part, name in parts.items():
+        parts[part] = {k.removeprefix("module."): v for k, v in content[name].items()}
+    unet, image = parts["unet"], parts["image_encoder"]
     if any(".attn2." in k for k in unet):
         raise BadInput(f"{path}: its UNet kept its cross-attention; only one without works here")
-    for name in ("weight", "bias"):  # the grown first layer is registered under two names
-        unet.pop(f"new_conv.{name}", None)
-
-    def count(weights, prefix):
-        """How many numbered parts there are below a prefix."""
-        return len({k[len(prefix) :].split(".")[0] for k in weights if k.startswith(prefix)})
-
-    def widths(weights, prefix):
-        """Output channels of the blocks below a prefix."""
-        first = "{}{}.resnets.0.conv1.weight"
-        return [len(weights[first.format(prefix, i)]) for i in range(count(weights, prefix))]
-
-    def kinds(side):
-        """Block types of one side of the UNet."""
-        attends = [count(unet, f"{side.lower()}_blocks.{i}.attentions.") > 0 for i in range(blocks)]
-        return ["CrossAttn" * attend + f"{side}Block2D" for attend in attends]
-
-    blocks = count(unet, "down_blocks.")
-    config = dict(sample_size=64, in_channels=unet["conv_in.weight"].shape[1], attention_head_dim=8)
-    config |= dict(block_out_channels=widths(unet, "down_blocks."))
-    config |= dict(layers_per_block=count(unet, "down_blocks.0.resnets."))
-    config |= dict(down_block_types=kinds("Down"), up_block_types=kinds("Up"))
-    channels = widths(image, "encoder.down_blocks.")
-    vae = dict(block_out_channels=channels, latent_channels=len(image["quant_conv.weight"]) // 2)
-    vae |= dict(layers_per_block=count(image, "encoder.down_blocks.0.resnets."))
-    vae |= dict(down_block_types=["DownEncoderBlock2D"] * len(channels))
-    vae |= dict(up_block_types=["UpDecoderBlock2D"] * len(channels))
+    for name in ("new_conv.weight", "new_conv.bias"):  # conv_in's once more
+        unet.pop(name, None)
+    sizes = []
+    for side, weights in (("", unet), ("encoder.", image)):
+        first = [f"{side}down_blocks.{i}.resnets.0.conv1.weight" for i in range(4)]
+        layers = sum(f"{side}down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(9))
+        widths = [len(weights[name]) for name in first]
+        sizes.append(dict(block_out_channels=widths, layers_per_block=layers))
+    config, vae = dict(sample_size=64, **sizes[0]), sizes[1]
+    config["in_channels"] = unet["conv_in.weight"].shape[1]
+    vae["down_block_types"], vae["up_block_types"] = (
+        [f"{side}coderBlock2D"] * 4 for side in ("DownEn", "UpDe")
+    )
     settings = dict(model="sd", data="data/coco", train_split="train2017", val_split="val2017")
-    settings |= dict(background="segment", seed=0, crop=0, distill=0, postprocess="release")
+    settings |= dict(background="segment", seed=0, crop=0, postprocess="release")
     settings |= dict(size=told.get("size", 512), self_cond=float(config["in_channels"] == 12))
-    settings |= dict(latent_scale=float(told.get("scaling_factor", SD_SCALE)))
-    settings |= dict(prediction=predictions[told.get("prediction_type", "epsilon")])
+    settings |= dict(latent_scale=told.get("scaling_factor", SD_SCALE), prediction=prediction)
     settings |= {k: told[k] for k in ("beta_start", "beta_end") if k in told}
     encoder = SDEncoder(told.get("image_scaling_factor", SD_SCALE), **vae)
-    model = LDM(ae.build(ae.release_settings(stage1)), encoder, build_unet(config), settings)
+    stage1 = ae.build(ae.release_settings(parts["autoencoder"]))
+    model = LDM(stage1, encoder, build_unet(config), settings)
     # up to diffusers 0.16, which the release was made with, attention in a VAE had other names
     names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    image = {".".join(names.get(p, p) for p in k.split(".")): v for k, v in image.items()}
-    image = {k: v for k, v in image.items() if not k.startswith(("post_quant_conv.", "decoder."))}
-    parts = {"autoencoder": stage1, "image_encoder": image, "unet": unet}
-    return ae.fill(model, {f"{p}.{k}": v for p, w in parts.items() for k, v in w.items()}, path)
+    kept = {k: v for k, v in image.items() if k.startswith(("encoder.", "quant_conv."))}
+    parts["image_encoder"] = {
+        ".".join(names.get(p, p) for p in k.split(".")): kept[k] for k in kept
+    }
+    weights = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+    return ae.fill(model, weights, path)
 
 
 def load_ldm(path):
@@ -526,7 +507,7 @@ def load_ldm(path):
     content = data.load(path, "ldm", "release_ldm")
     with data.reading(path, "checkpoint"):
         if content["kind"] == "release_ldm":
-            return from_release({**content, "kept": ("unet", "vae_image", "vae_semseg")}, path)
+            return from_release(content, path)
         s = content["settings"]
         kind = Pixels if s["image_encoder"].keys() == {"factor"} else SDEncoder
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None

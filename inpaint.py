@@ -82,12 +82,20 @@ def renamed(ids, given):
 
 
 def complete_tiles(model, keys, tiles, args):
-    """Complete some tiles (image and partial ids below N of each): ids and certainty of each."""
+    """Complete some tiles, each an image and a partial map of any ids: ids and certainty of each.
+
+    In here a tile's ids are 1, 2, ..., the largest N - 1 of them; what is added gets ids above all.
+    """
     images, partial = zip(*tiles)
-    size, device = model.settings["size"], next(model.parameters()).device
-    y = np.stack([data.resize_ids(p, size, size) for p in partial])
-    given = torch.from_numpy(y).to(device)  # B x S x S
-    image_latent = model.encode_image(diffusion.network_input(model, images))
+    size, most = model.settings["size"], model.autoencoder.num_ids - 1
+    names, local = [], []
+    for y in partial:
+        listed = sorted(data.describe(y), key=lambda s: -s["area"])[:most]
+        names.append(np.array([0, *sorted(s["id"] for s in listed)]))
+        local.append(np.where(np.isin(y, names[-1]), names[-1].searchsorted(y), 0))
+    image_latent = model.encode_image(diffusion.network_input(model, images))  # B x c x h x w
+    given = torch.from_numpy(np.stack([data.resize_ids(y, size, size) for y in local]))
+    given = given.to(image_latent.device)  # B x S x S
     noise, fresh = diffusion.noises(model, image_latent, keys, args.seed)
     if args.paper:
         eps0, _ = diffusion.noises(model, image_latent, [f"{k} known" for k in keys], args.seed)
@@ -96,54 +104,35 @@ def complete_tiles(model, keys, tiles, args):
     else:
         z0 = complete(model, image_latent, given, noise, args.steps, fresh)
     found = []
-    for logits, p in zip(model.decode(z0), partial):
-        ids, certainty = diffusion.segments(model, logits, *p.shape)
-        ids = np.where(p > 0, p, ids) if args.paper else renamed(ids, p)
-        found.append((ids, np.where(p > 0, np.float32(1), certainty)))
+    for logits, y, known in zip(model.decode(z0), local, names):
+        ids, certainty = diffusion.segments(model, logits, *y.shape)
+        ids = np.where(y > 0, y, ids) if args.paper else renamed(ids, y)
+        added = args.above + np.arange(max(0, ids.max() + 1 - len(known)))
+        ids = np.append(known, added + 1)[ids]
+        found.append((ids, np.where(y > 0, np.float32(1), certainty)))
     return found
 
 
 def complete_batch(model, images, partial, keys, args):
     """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, any ids, 0 =
-    unknown) of any sizes -> list of H x W int32.
-
-    Given pixels keep their ids, what the model adds gets ids above them. A model that was trained on
-    crops works in tiles. Of more than N - 1 ids in a picture (or tile) the smallest are left aside.
-    """
-    side, most, pieces, places = model.settings["crop"], model.autoencoder.num_ids - 1, [], []
+    unknown) of any sizes -> list of H x W int32. Given pixels keep their ids, what the model adds
+    gets ids above them. args: steps, seed, votes, batch_size, paper."""
     names = [np.unique(np.append(y, 0)) for y in partial]
     counted = [known.searchsorted(y) for y, known in zip(partial, names)]  # 0, 1, 2, ...
-    for image, y, key in zip(images, counted, keys):
-        corners = sample.tile_corners(*y.shape, side) if side else [(0, 0)]
-        cuts = [sample.cut(x, side, corners) if side else [x] for x in (image, y)]
-        places.append(corners)
-        for corner, part, ids in zip(corners, *cuts):
-            area = np.bincount(ids.ravel())[1:]
-            kept = 1 + np.sort(np.argsort(-area, kind="stable")[: min(most, (area > 0).sum())])
-            own = np.searchsorted(kept, ids) + 1  # the tile's ids are 1..N-1
-            own = np.where(np.isin(ids, kept), own, 0)
-            pieces.append(((part, own), f"{key} at {corner}" if side else key, kept))
+    args.above = max(map(len, names))
 
     def draw(keys, tiles):
         """One sample of some tiles."""
         return complete_tiles(model, keys, tiles, args)
 
-    tiles, tile_keys, kept_of = zip(*pieces)
-    samples = sample.vote(draw, tile_keys, tiles, args.votes, args.batch_size)
-    results, done = [], 0
-    for y, known, image, corners in zip(counted, names, images, places):
-        found = []
-        for n in range(done, done + len(corners)):
-            shared = len(kept_of[n])
-            ids, certainty = sample.consensus(samples[n], shared)
-            table = np.arange(ids.max() + 1) + len(known)  # what the tile adds
-            table[: shared + 1] = np.append(0, kept_of[n])[: len(table)]
-            found.append((table[ids], certainty))
-        done += len(corners)
-        whole = sample.stitch(found, corners, y.shape, len(known) - 1) if side else found[0]
-        ids = ae.keep(*whole, diffusion.least_area(model, image))
+    pairs, shared = list(zip(images, counted)), [args.above] * len(images)
+    results = []
+    for (image, y), known, one in zip(
+        pairs, names, sample.in_tiles(model, pairs, keys, draw, args, shared)
+    ):
+        ids = ae.keep(*one, diffusion.least_area(model, image))
         ids = np.where(y > 0, y, ids)
-        added = known[-1] + 1 + np.arange(max(0, ids.max() - len(known) + 1))
+        added = known[-1] + np.arange(1, max(0, ids.max() + 1 - len(known)) + 1)
         results.append(np.append(known, added)[ids].astype(np.int32))
     return results
 
@@ -208,34 +197,27 @@ def evaluate(model, dataset, args):
 
 
 def sweep(model, dataset, args):
-    """Fig. 9, right: PQ and id accuracy over drop rates and block sizes: table, plot, examples."""
-    size, out, cells, examples = model.settings["size"], Path(args.out), {}, []
+    """Fig. 9, right: PQ and id accuracy over drop rates and block sizes: a table and a plot."""
+    size, cells, curves = model.settings["size"], {}, {}
     blocks = sorted({max(1, size // d) for d in (32, 16, 8, 4)})
     lines = ["| drop |" + "".join(f" block {b} |" for b in blocks), "|---|" + "---|" * len(blocks)]
     print("PQ / id accuracy (both of sampling and renaming)\n" + "\n".join(lines))
     for args.drop in (0.1, 0.3, 0.5, 0.7, 0.9):
-        row = []
+        row = [args.drop]
         for args.block in blocks:
-            figures, rows = evaluate(model, dataset, args)
-            cells[args.drop, args.block] = figures
-            pairs = [
-                [figures[n][k] for k in ("pq", "id_accuracy")] for n in ("completion", "renamed")
-            ]
-            row.append("{:.1f} / {:.1f} ({:.1f} / {:.1f})".format(*sum(pairs, [])))
-            examples += [rows[0][1:3]]
-        lines.append(f"| {args.drop} | " + " | ".join(row) + " |")
+            figures, _ = evaluate(model, dataset, args)
+            cells[f"drop {args.drop} block {args.block}"] = figures
+            ours, base = figures["completion"], figures["renamed"]
+            curves.setdefault(f"block {args.block}", []).append((args.drop, ours["pq"]))
+            pairs = ours["pq"], ours["id_accuracy"], base["pq"], base["id_accuracy"]
+            row.append("{:.1f} / {:.1f} ({:.1f} / {:.1f})".format(*pairs))
+        lines.append("".join(f"| {cell} " for cell in row) + "|")
         print(lines[-1], flush=True)
-    with data.replacing(out / "inpaint_sweep.md") as file:
+    with data.replacing(f"{args.out}/inpaint_sweep.md") as file:
         file.write_text("\n".join(lines) + "\n")
-    curves = {}
-    for (drop, block), figures in cells.items():
-        curves.setdefault(f"block {block}", []).append((drop, figures["completion"]["pq"]))
-    data.plot(out / "inpaint_sweep.png", curves, "drop rate", "PQ")
-    rows = [sum(examples[k : k + len(blocks)], []) for k in range(0, len(examples), len(blocks))]
-    captions = sum([[f"block {b}", "completion"] for b in blocks], [])
-    data.picture(out / "inpaint_examples.png", data.sheet(rows, captions, cell=100))
-    print(f"-> {out / 'inpaint_sweep.md'}, {out / 'inpaint_sweep.png'}")
-    return {f"drop {d} block {b}": figures for (d, b), figures in cells.items()}
+    data.plot(f"{args.out}/inpaint_sweep.png", curves, "drop rate", "PQ")
+    print(f"-> {args.out}/inpaint_sweep.md, {args.out}/inpaint_sweep.png")
+    return cells
 
 
 def complete_file(model, args):

@@ -110,6 +110,8 @@ def consensus(found, shared=0):
 
     A segment of one sample is an object of the others where IoU > 0.5 with theirs. Ids up to `shared`
     mean the same in every sample. Returns ids (int32) and the mean certainty of the majority."""
+    if len(found) == 1:
+        return found[0]
     maps, count = [], shared
     for ids, _ in found:
         name = {i: (1.0, i) for i in range(shared + 1)}  # of each id: IoU and id of what it is
@@ -140,27 +142,38 @@ def vote(draw, keys, pieces, votes, batch_size):
     return samples
 
 
-def predict(model, images, keys, args):
-    """Images (list of H x W x 3, uint8) of any sizes -> of each ids (H x W, int32) and certainty.
+def in_tiles(model, pictures, keys, draw, args, shared=None):
+    """Find segments of pictures of any sizes: of each ids (H x W, int32) and certainty. A model that
+    was trained on crops sees them in tiles of that size, each with votes of its own.
 
-    keys: what the noise of each belongs to. args: steps, seed, votes, batch_size. A model that was
-    trained on crops sees pictures in tiles of that size, each with votes of its own."""
-    side = model.settings["crop"]
-    places = [tile_corners(*i.shape[:2], side) if side else [(0, 0)] for i in images]
-    cuts = [cut(i, side, corners) if side else [i] for i, corners in zip(images, places)]
-    pairs = [(key, corner) for key, corners in zip(keys, places) for corner in corners]
-    names = [f"{key} at {corner}" if side else key for key, corner in pairs]
+    pictures: of each a tuple of arrays (H x W[ x 3]); draw: function of lists of keys and such tuples
+    -> ids and certainty of each; shared: of each picture, up to which id ids mean the same in all.
+    """
+    side, shared = model.settings["crop"], shared or [0] * len(pictures)
+    tiles, names, places = [], [], []
+    for arrays, key in zip(pictures, keys):
+        corners = tile_corners(*arrays[0].shape[:2], side) if side else [(0, 0)]
+        tiles += zip(*(cut(x, side, corners) if side else [x] for x in arrays))
+        names += [f"{key} at {corner}" if side else key for corner in corners]
+        places.append(corners)
+    samples, found = iter(vote(draw, names, tiles, args.votes, args.batch_size)), []
+    for arrays, corners, known in zip(pictures, places, shared):
+        joined = [consensus(next(samples), known) for _ in corners]
+        shape = arrays[0].shape[:2]
+        found.append(stitch(joined, corners, shape, known) if side else joined[0])
+    return found
+
+
+def predict(model, images, keys, args):
+    """Algorithm 2 on images (list of H x W x 3, uint8): of each ids (H x W, int32) and certainty.
+
+    keys: what the noise of each belongs to; args: steps, seed, votes, batch_size."""
 
     def draw(keys, tiles):
         """One sample of some tiles."""
-        return diffusion.predict(model, tiles, keys, args.steps, args.seed)
+        return diffusion.predict(model, [image for [image] in tiles], keys, args.steps, args.seed)
 
-    samples = vote(draw, names, sum(cuts, []), args.votes, args.batch_size)
-    found = iter([consensus(s) if len(s) > 1 else s[0] for s in samples])
-    joined = [list(itertools.islice(found, len(corners))) for corners in places]
-    if not side:
-        return [one for [one] in joined]
-    return [stitch(t, corners, i.shape[:2]) for t, corners, i in zip(joined, places, images)]
+    return in_tiles(model, [(image,) for image in images], keys, draw, args)
 
 
 @torch.no_grad()
@@ -202,36 +215,41 @@ def agreement(maps):
 
 def compare_seeds(model, dataset, args):
     """Fig. 10: PQ by seed and the seeds' mean agreement; a sheet of the first images."""
-    by_seed, maps, rows = {}, collections.defaultdict(list), []
+    by_seed, maps, pictures = {}, collections.defaultdict(list), {}
+
+    def find(images, keys):
+        """Segments of one batch, remembered."""
+        found = predict(model, images, keys, args)
+        for image, key, one in zip(images, keys, found):
+            maps[key].append(ae.keep(*one, diffusion.least_area(model, image)))
+            if len(maps) <= 6:
+                pictures[key] = image
+        return found
+
     for args.seed in args.seeds:
-
-        def find(images, keys):
-            """Segments of one batch, remembered."""
-            found = predict(model, images, keys, args)
-            for image, key, (ids, certainty) in zip(images, keys, found):
-                kept = ae.keep(ids, certainty, diffusion.least_area(model, image))
-                maps[key].append((image, kept) if len(maps) <= 6 else (None, kept))
-            return found
-
-        result, _ = diffusion.evaluate(model, dataset, find, args)
-        by_seed[args.seed] = pq.percent(result)
-    agreed = {key: agreement([ids for _, ids in found]) for key, found in maps.items()}
-    for key, found in list(maps.items())[:6]:
-        grey = np.repeat((255 * agreed[key]).astype(np.uint8)[..., None], 3, 2)
-        rows.append([found[0][0], *(data.overlay(image, ids) for image, ids in found), grey])
+        by_seed[args.seed] = pq.percent(diffusion.evaluate(model, dataset, find, args)[0])
+    agreed, rows = {key: agreement(found) for key, found in maps.items()}, []
+    for key, image in pictures.items():
+        grey = np.stack([(255 * agreed[key]).astype(np.uint8)] * 3, -1)
+        rows.append([image, *(data.overlay(image, ids) for ids in maps[key]), grey])
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "agreement"]
     data.picture(f"{args.out}/seeds.png", data.sheet(rows, captions))
     mean = float(np.mean([a.mean() for a in agreed.values()]))
-    print(pq.line(["seed", *by_seed[args.seed]]))
-    for seed, figures in by_seed.items():
-        print(pq.line([seed, *figures.values()]))
+    print(
+        "\n".join(
+            [
+                pq.line(["seed", *by_seed[args.seed]]),
+                *(pq.line([k, *r.values()]) for k, r in by_seed.items()),
+            ]
+        )
+    )
     print(f"mean agreement {mean:.3f} (1: the same segments everywhere) -> {args.out}/seeds.png")
     return {"agreement": mean, "by_seed": by_seed, "images": len(dataset)}
 
 
 @torch.no_grad()
 def draw_trajectory(model, images, keys, args):
-    """Fig. S4: the estimates of z^0 over the steps, decoded, as a strip and a GIF. Of a model that
+    """Fig. S4: the estimates of z^0 over the steps, decoded, as a strip. Of a model that
     sees tiles, the first tile."""
     side, trace = model.settings["crop"], []
     images = [cut(i, side, [(0, 0)])[0] for i in images] if side else images
@@ -246,11 +264,7 @@ def draw_trajectory(model, images, keys, args):
     captions = ["image"] + [f"j = {model.schedule(args.steps)[i][0]}" for i in shown]
     rows = [[image, *(frames[i][k] for i in shown)] for k, image in enumerate(images)]
     data.picture(f"{args.out}/trajectory.png", data.sheet(rows, captions))
-    pages = [data.sheet(list(zip(images, frame))) for frame in frames]
-    times = [80] * (len(pages) - 1) + [2000]
-    with data.replacing(f"{args.out}/trajectory.gif") as file:
-        pages[0].save(file, "GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
-    print(f"-> {args.out}/trajectory.png, {args.out}/trajectory.gif")
+    print(f"-> {args.out}/trajectory.png")
 
 
 def find_images(path):
