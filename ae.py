@@ -11,6 +11,7 @@ y_hat = D(z) logits. Writes to --out: ae.pt, ae_state.pt (to --resume), ae_log.j
 ae_loss.png.
 """
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -345,8 +345,10 @@ def connected(ids):
 
 
 @dataclass
-class Evaluation:
-    """The samples of a source as they are; a broken one is a BadInput."""
+class HeldOut:
+    """This rank's share of the samples of a source as they are; broken ones are named and left out.
+
+    Iterating raises BadInput if none can be used."""
 
     source: object
     limit: int = None
@@ -355,32 +357,29 @@ class Evaluation:
     def __len__(self):
         return min(self.limit or len(self.source), len(self.source))
 
-    def __getitem__(self, index):
-        try:
-            sample = self.source[index]
-        except BadInput as error:
-            return error
-        rng = np.random.default_rng((index, self.crop))
-        return data.crop_sample(sample, self.crop, rng) if self.crop else sample
+    def __iter__(self):
+        good, error = 0, None
+        for index in tqdm(range(rank(), len(self), world()), leave=False, disable=rank() > 0):
+            try:
+                sample = self.source[index]
+            except BadInput as broken:
+                error = broken
+                tqdm.write(f"note: left out of the evaluation: {error}", file=sys.stderr)
+                continue
+            good += 1
+            rng = np.random.default_rng((index, self.crop))
+            yield data.crop_sample(sample, self.crop, rng) if self.crop else sample
+        if error and not good and world() == 1:
+            raise BadInput(f"{error}; nor can any other of the {len(self)} images be used")
 
 
-def evaluate(dataset, predict, batch_size, num_workers=0):
-    """The figures of `pq.Score` over a held-out set, and picture rows of its first images. Each rank
-    takes every world-th sample; broken ones are named and left out.
+def evaluate(samples, predict, batch_size):
+    """The figures of `pq.Score` over all ranks' samples, and picture rows of the first.
 
-    predict: list of samples -> of each its id map (H x W) and a list of pictures. Raises BadInput
-    if no sample can be used."""
-    score, rows, mine, broken = pq.Score(), [], range(rank(), len(dataset), world()), 0
-    batches = [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=list)
-    for batch in tqdm(loader, "evaluation", leave=False, disable=rank() > 0, mininterval=1):
-        samples = [s for s in batch if isinstance(s, dict)]
-        for error in [s for s in batch if not isinstance(s, dict)]:
-            tqdm.write(f"note: left out of the evaluation: {error}", file=sys.stderr)
-            broken += 1
-            if broken == len(mine) and world() == 1:
-                raise BadInput(f"{error}; nor can any other of the {broken} images be used")
-        for sample, (found, pictures) in zip(samples, predict(samples) if samples else ()):
+    predict: list of samples -> of each its id map (H x W) and a list of pictures."""
+    score, rows, samples = pq.Score(), [], iter(samples)
+    while batch := list(itertools.islice(samples, batch_size)):
+        for sample, (found, pictures) in zip(batch, predict(batch)):
             score.update(sample, found)
             rows += [[sample["image"], *pictures]] if len(rows) < 6 else []
     return score.result(), rows
@@ -408,7 +407,7 @@ def validate(model, dataset, args, device):
             yield found, pictures
 
     model.eval()
-    found = evaluate(dataset, predict, args.batch_size, args.num_workers)
+    found = evaluate(dataset, predict, args.batch_size)
     model.train()
     return found
 
@@ -465,7 +464,7 @@ def main(argv=None):
     train_source, val_source = data.open_splits(args)
     stream = {"seed": args.seed, "images": False, "crop": args.crop}
     train_set = data.Training(train_source, args.size, args.num_ids, **stream)
-    val_set = Evaluation(val_source, args.eval_images, args.crop)
+    val_set = HeldOut(val_source, args.eval_images, args.crop)
     points = max(256, round(12544 * (args.size / 512) ** 2))  # of each loss
     model = new_model(args).to(device, memory_format=torch.channels_last).train()
     ddp = DistributedDataParallel(model) if world() > 1 else model

@@ -191,8 +191,10 @@ def read_image(path, size=None):
         for turned in (ImageOps.exif_transpose(image), image):
             if size in (None, turned.size):
                 return to_rgb(turned)
-        said, is_ = (f"{w} x {h}" for w, h in (size, image.size))
-        raise BadInput(f"{path}: is {is_} pixels, its annotation says {said}")
+        raise BadInput(
+            f"{path}: is {image.width} x {image.height} pixels, "
+            f"its annotation says {size[0]} x {size[1]}"
+        )
 
 
 def read_id_png(path, listed=None):
@@ -202,7 +204,7 @@ def read_id_png(path, listed=None):
     Raises BadInput."""
     with reading(path, "id PNG"), Image.open(path, formats=FORMATS) as image:
         if image.mode[0] in "1LIF":
-            ids = np.asarray(image.getchannel(0))
+            ids = np.atleast_3d(image)[..., 0]
         else:  # with a fourth byte, which Pillow has anyway, a pixel is an integer
             ids = np.frombuffer(image.convert("RGB").tobytes("raw", "RGBX"), "<i4") & MAX_ID
             ids = ids.reshape(image.height, image.width)
@@ -210,7 +212,7 @@ def read_id_png(path, listed=None):
             unlisted = [set(np.unique(x)) - {0, *(listed or ())} for x in (ids, np.asarray(image))]
             if listed is None or unlisted[0] and not unlisted[1]:
                 ids = np.asarray(image)
-        if ids.min() < 0 or ids.max() > MAX_ID:
+        if not 0 <= ids.min() <= ids.max() <= MAX_ID:
             raise BadInput(f"{path}: holds ids outside of 0..{MAX_ID}")
         return ids.astype(np.int32)
 
@@ -270,6 +272,8 @@ def by_image(content, path, panoptic):
                 raise BadInput(f"{where}: lists a segment id twice")
         for entry in objects:
             entry["iscrowd"] = int(says_yes(entry.get("iscrowd"), False))
+            if not isinstance(entry.setdefault("category_id"), (int, float, str)):
+                entry["category_id"] = None
         found.setdefault(key, (annotation.get("file_name"), []))[1].extend(objects)
     return found
 
@@ -291,7 +295,7 @@ def find_file(name, folders, where):
     if path.anchor or ".." in path.parts or not path.name:
         raise BadInput(f"{where}: file_name {str(name)[:80]!r} must be a path below the folder")
     for folder in folders:
-        if (folder / path.as_posix()).is_file():
+        if os.path.isfile(folder / path.as_posix()):  # False for a name that no file can have
             return folder / path.as_posix()
     # Cityscapes' converter says X_gtFine_leftImg8bit.png for CITY/X_leftImg8bit.png
     for bare in (path.name, path.name.replace("_gtFine_", "_")):
@@ -300,7 +304,7 @@ def find_file(name, folders, where):
             raise BadInput(f"{where}: {bare} may be {found[0]} or {found[1]}: say which folder")
         if found:
             return found[0]
-    raise BadInput(f"{where}: no such file: {path.as_posix()}")
+    raise BadInput(f"{where}: no such file: {path.as_posix()!r:.80}")
 
 
 def rle_counts(text):
@@ -333,7 +337,7 @@ def outline_runs(outline, height, width):
         counts = outline["counts"]
         counts = np.array(rle_counts(counts) if isinstance(counts, str) else counts)
         fits = counts.dtype.kind == "i" and counts.min() >= 0 and counts.sum() == height * width
-        return counts if fits and list(outline.get("size")) == [height, width] else None
+        return counts if fits and list(outline["size"]) == [height, width] else None
     except Exception:  # what people write here can fail in any way
         return None
 
@@ -351,13 +355,12 @@ class Folder:
 
     def __init__(self, folder, split, background="segment"):
         root = Path(folder)
-        files = [
-            root / "annotations" / f"{kind}_{split}.json" for kind in ("panoptic", "instances")
-        ]
-        self.json = next((file for file in files if file.is_file()), None)
-        if self.json is None:
-            raise BadInput(f"--data {folder}: neither {files[0]} nor {files[1].name} is there")
-        self.panoptic, self.background_id = self.json == files[0], None
+        panoptic = root / "annotations" / f"panoptic_{split}.json"
+        instances = root / "annotations" / f"instances_{split}.json"
+        self.panoptic, self.background_id = panoptic.is_file(), None
+        self.json = panoptic if self.panoptic else instances
+        if not self.json.is_file():
+            raise BadInput(f"--data {folder}: neither {panoptic} nor {instances.name} is there")
         self.pictures = [root / split, root / "images" / split, root / "images", root]
         self.pngs = [root / f"panoptic_{split}", root / "annotations" / f"panoptic_{split}", root]
         content = read_coco(self.json)
@@ -368,13 +371,14 @@ class Folder:
         found = by_image(content, self.json, self.panoptic)
         # Images of crowds alone say nothing about segments (method: left out). Each item is kept as
         # text: forked workers would copy a million dicts just by counting references to them.
-        self.items = []
+        self.items, shown = [], []
         for info in content["images"]:
             name, objects = found.get(str(info.get("id")), (None, []))
+            shown += objects
             if self.background_id or not all(o["iscrowd"] for o in objects):
                 self.items.append(json.dumps((info, name, objects)))
         self.unused = len(content["images"]) - len(self.items)
-        if all(o["iscrowd"] for _, objects in found.values() for o in objects):
+        if all(o["iscrowd"] for o in shown):
             say_once(f"note: {self.json}: no object but crowds: nothing to learn or to find")
         if not self.items:
             raise BadInput(f"{self.json}: no image has an object that is not a crowd")
@@ -389,18 +393,18 @@ class Folder:
         """Sample `index`, without its image if that is not wanted; `left_out` lists the objects
         that have no usable outline. Raises BadInput if it can't be used."""
         info, name, objects = json.loads(self.items[index])
-        where, size = f"{self.json}: image {str(info.get('id'))[:60]}", (
-            info.get("width"),
-            info.get("height"),
-        )
+        where = f"{self.json}: image {str(info.get('id')):.60}"
+        size = info.get("width"), info.get("height")
         sample = {"image": None, "left_out": []}
+        with reading(where, "entry (id, file_name)"):
+            sample |= {"image_id": info["id"], "file_name": info["file_name"]}
         if self.panoptic:
             ids, segments = self.read_panoptic(name, objects, where)
-            size = ids.shape[::-1] if size == (None, None) else size
-        elif all(type(n) is int and 0 < n < 1 << 16 for n in size):
+            size = ids.shape[::-1] if None in size else size
+        elif all(type(n) is int and n > 0 for n in size) and math.prod(size) < 1 << 28:
             ids, segments, sample["left_out"] = self.paint(objects, *size)
         else:
-            raise BadInput(f"{where}: has no width and height")
+            raise BadInput(f"{where}: has no usable width and height")
         if ids.shape[::-1] != size:
             raise BadInput(f"{where}: its PNG {name} has another size")
         if image:
@@ -408,15 +412,14 @@ class Folder:
             sample["image"] = read_image(path, size)
         if self.background_id:
             sample["background_id"] = self.background_id
-        sample |= {"ids": ids, "segments_info": segments}
-        return sample | {"image_id": info["id"], "file_name": info["file_name"]}
+        return sample | {"ids": ids, "segments_info": segments}
 
     def read_panoptic(self, name, segments, where):
         """Ids and segments_info of an image in the panoptic layout. Raises BadInput."""
         listed = [s["id"] for s in segments]
         ids = read_id_png(find_file(name, self.pngs, where), listed)
         area = {s["id"]: s["area"] for s in describe(ids)}
-        for i in area.keys() - set(listed):
+        for i in area.keys() - listed:
             raise BadInput(f"{where}: its PNG {name} holds id {i}, which the JSON does not list")
         return ids, [{**s, "area": area.get(s["id"], 0)} for s in segments]
 
@@ -436,9 +439,11 @@ class Folder:
             ends, i = lengths.cumsum(), len(segments) + 1
             for begin, end in zip(ends[::2], ends[1::2]):
                 ids[begin:end] = i
-            segments.append({"id": i, "category_id": o.get("category_id"), "iscrowd": o["iscrowd"]})
+            segments.append({"id": i, "category_id": o["category_id"], "iscrowd": o["iscrowd"]})
         area = np.bincount(ids, minlength=len(segments) + 1).tolist()
         segments = [{**s, "area": area[s["id"]]} for s in segments if area[s["id"]]]
+        if left_out:
+            say_once(f"note: {self.json}: objects of no usable outline are left out, see --check")
         return np.ascontiguousarray(ids.reshape(width, height).T), segments, left_out
 
 
@@ -472,12 +477,11 @@ def check(folder):
             try:
                 sample = source[index]
                 name = sample["file_name"]
-                found = [f"{name}: object {i} has no usable outline" for i in sample["left_out"]]
+                faults += [f"{name}: object {i} has no usable outline" for i in sample["left_out"]]
                 empty = [s["id"] for s in sample["segments_info"] if not s["area"]]
-                found += [f"{name}: segment {i} has no pixel" for i in empty]
+                faults += [f"{name}: segment {i} has no pixel" for i in empty]
             except BadInput as error:
-                found = [str(error)]
-            faults += found
+                faults.append(str(error))
         print(f"{split}: {len(source)} images; {source.unused} others show nothing but crowds")
     print("\n".join([*faults, f"{folder}: {len(faults) or 'no'} faults"]))
     return {"images": images, "faults": len(faults)}
@@ -738,11 +742,17 @@ def parse(parser, models, argv, kind):
     settings in --ckpt, else the table of --model. Raises BadInput."""
     args, stored = parser.parse_args(argv), {}
     if args.resume:
-        stored = load(Path(args.out) / f"{kind}_state.pt", f"{kind}_state")["flags"]
+        path = Path(args.out) / f"{kind}_state.pt"
+        with reading(path, "checkpoint"):
+            stored = {**load(path, f"{kind}_state")["flags"]}
     elif args.ckpt or kind == "ldm":
         path = args.ckpt or args.ae or Path(args.out) / "ae.pt"
-        content = load(path, *(["ae", "release_ae"] if not args.ckpt else []), "ldm", "release_ldm")
-        stored = {**content.get("settings", {}), **content.get("autoencoder", {})}
+        stage1 = ["ae", "release_ae"] if kind == "ae" or not args.ckpt else []
+        with reading(path, "checkpoint"):
+            content = load(path, *stage1, "ldm", "release_ldm")
+            settings = content.get("settings", {})
+            shape = content.get("autoencoder", settings.get("autoencoder", {}))
+            stored = {**settings, **shape}
     model = args.model or stored.get("model", "sd")
     parser.set_defaults(**{**models[model], "model": model})
     own = {"out", "json", "device", "num_workers", "resume", "ckpt"}  # of this call alone
@@ -817,6 +827,7 @@ def setup(args):
         device = torch.zeros(1, device=name).device
     except Exception:
         raise BadInput(f"--device {name}: not available here; 'auto' takes what there is") from None
+    torch.manual_seed(args.seed)  # a new network's weights
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -206,6 +206,8 @@ class LDM(nn.Module):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.image_encoder = image_encoder.eval().requires_grad_(False)
         self.unet, self.classifier, self.settings = unet, classifier, {**SAMPLING, **settings}
+        self.settings |= dict(autoencoder=autoencoder.settings, unet=plain(unet.config))
+        self.settings["image_encoder"] = image_encoder.config
         self.scale = settings["latent_scale"]
         betas = {k: settings[k] for k in ("beta_start", "beta_end") if k in settings}
         self.ddim = DDIM(settings["prediction"], **betas)
@@ -274,7 +276,10 @@ class LDM(nn.Module):
             if conditioned.any():  # self-conditioning: a first estimate of z^0
                 i = conditioned.nonzero()[:, 0]
                 output = self.denoise(zj[i], image_latent[i], self_cond[i], j[i])
-                self_cond[i] += (~cells[i]) * self.ddim.remove_noise(zj[i], output, j[i])
+                z0 = self.ddim.remove_noise(zj[i], output, j[i])
+                if self.settings["snap"]:  # beyond the paper: as in `sample`
+                    z0 = self.encode(self.likeliest(z0, batch["given"][i]))
+                self_cond[i] = torch.where(cells[i], known[i], z0)
         torch.clear_autocast_cache()  # or weights that were cast without gradient would be used again
         output = self.denoise(zj, image_latent, self_cond, j)
         error = (output - self.ddim.target(z, eps, j)).square()  # B x 4 x h x w
@@ -509,6 +514,7 @@ def load_ldm(path):
         if content["kind"] == "release_ldm":
             return from_release(content, path)
         s = content["settings"]
+        [s[k] for k in (*data.STORED, "self_cond")]  # all are there, or it is none of ours
         kind = Pixels if s["image_encoder"].keys() == {"factor"} else SDEncoder
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
         parts = ae.build(s["autoencoder"]), kind(**s["image_encoder"]), build_unet(s["unet"])
@@ -617,7 +623,7 @@ def evaluate(model, dataset, find, args):
             yield found, [data.overlay(image, ids) for ids in (raw, found, sample["ids"])]
 
     model.eval()
-    score, rows = ae.evaluate(dataset, predict_batch, args.batch_size, args.num_workers)
+    score, rows = ae.evaluate(dataset, predict_batch, args.batch_size)
     if labels:
         for quality in (panoptic, proposals, any_class):
             quality.state = data.reduce_sum(quality.state)
@@ -659,8 +665,7 @@ def new_model(args, train_set, autoencoder):
         scale = 0.5 / z.std().item()
     settings = {k: getattr(args, k) for k in (*data.STORED, "prediction", "self_cond", "distill")}
     settings |= {k: getattr(args, k) for k in ("snap", "td", "steps")}
-    settings |= dict(latent_scale=scale, autoencoder=autoencoder.settings, unet=plain(unet.config))
-    settings |= dict(image_encoder=image_encoder.config)
+    settings["latent_scale"] = scale
     return LDM(autoencoder, image_encoder, unet, settings)
 
 
@@ -746,7 +751,7 @@ def main(argv=None):
     # data, model, optimiser
     train_source, val_source = data.open_splits(args)
     model, train_set = start_model(args, train_source)
-    val_set = ae.Evaluation(val_source, args.eval_images, args.crop)
+    val_set = ae.HeldOut(val_source, args.eval_images, args.crop)
     model = model.to(device, memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world() > 1 else model
     mixed = data.autocast(args, device)

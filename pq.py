@@ -54,7 +54,7 @@ class PanopticQuality:
         self.agnostic = categories is None
         self.categories = OBJECT if categories is None else categories
         self.row_of = {c["id"]: row for row, c in enumerate(self.categories)}
-        self.state = np.zeros((len(self.row_of), 4))  # per category: sum of IoU, TP, FP, FN
+        self.state = np.zeros((len(self.categories), 4))  # per category: sum of IoU, TP, FP, FN
 
     def rows(self, segments, what):
         """Row of each segment's category. Raises BadInput for one that is not in the list."""
@@ -62,7 +62,7 @@ class PanopticQuality:
             return np.zeros(len(segments), np.int64)
         for s in segments:
             if s.get("category_id") not in self.row_of:
-                told = f"category {s.get('category_id')}, which the truth does not list"
+                told = f"category {s.get('category_id')!r:.60}, which the truth does not list"
                 raise BadInput(f"{what}: segment {s['id']} has {told}")
         return np.array([self.row_of[s["category_id"]] for s in segments], np.int64)
 

@@ -346,7 +346,7 @@ def sampling_parser(doc):
     add("--paper", action="store_true", help="the algorithm exactly as printed")
     add("--batch_size", type=data.positive, default=16, help="pictures or tiles at a time")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
-    parser.set_defaults(precision="auto", num_workers=0)
+    parser.set_defaults(precision="auto")
     return parser
 
 
@@ -366,7 +366,7 @@ def open_split(model, args):
     s = model.settings
     args.data, split = args.data or s["data"], args.split or s["val_split"]
     source = data.open_data(args.data, split, s["size"], s["seed"], s["background"])
-    return ae.Evaluation(source, args.limit)
+    return ae.HeldOut(source, args.limit)
 
 
 def flags():
@@ -401,8 +401,7 @@ def main(argv=None):
             return segment_files(model, files, args)
         dataset = open_split(model, args)
         if args.trajectory and rank() == 0:
-            first = [dataset[i] for i in range(min(4, len(dataset)))]
-            first = [s for s in first if isinstance(s, dict)]
+            first = list(itertools.islice(dataset, 4))
             keys = [s["image_id"] for s in first]
             draw_trajectory(model, [s["image"] for s in first], keys, args)
         if args.seeds:
@@ -455,9 +454,7 @@ def compare_steps(model, dataset, all_steps, args):
     if rank() == 0:
         data.picture(out / "sample.png", data.sheet(rows, diffusion.COLUMNS))
         if len(results) > 1:
-            curves = {
-                k: [(s, r[k]) for s, r in results.items() if r[k]] for k in ("pq", "sq", "rq")
-            }
+            curves = {k: [(s, r[k] or 0) for s, r in results.items()] for k in ("pq", "sq", "rq")}
             data.plot(out / "sample_steps.png", curves, "sampling steps", "percent")
         print(f"-> {out / 'sample.png'}")
     return {**results[args.steps], "images": len(dataset), "by_steps": results}
