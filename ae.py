@@ -294,7 +294,8 @@ def argmax(logits, height, width, through=None):
     """Logits (N x h x w), resized bilinearly -> NumPy arrays: the likeliest id of each pixel (height
     x width, int32), its probability, and of each id the pixels where its own sigmoid is over 0.5.
 
-    through: a size to go through first. 16 ids at a time, or a photo's N channels would not fit."""
+    through: a size to go through first; only then they are counted. 16 ids at a time, or a photo's N channels would not fit.
+    """
     best = torch.full((height, width), -math.inf, device=logits.device)
     total, ids, confident = best.clone(), torch.zeros_like(best, dtype=torch.int32), []
     for first in range(0, len(logits), 16):
@@ -304,7 +305,8 @@ def argmax(logits, height, width, through=None):
         top, place = part[0].max(0)
         ids = torch.where(top > best, place.int() + first, ids)
         best, total = top.maximum(best), total.logaddexp(part[0].logsumexp(0))
-        confident += part[0].ge(0).sum((1, 2)).tolist()
+        if through:
+            confident += part[0].ge(0).sum((1, 2)).tolist()
     return ids.cpu().numpy(), (best - total).exp().cpu().numpy(), np.array(confident)
 
 

@@ -188,7 +188,7 @@ def read_image(path, size=None):
 
     size: (width, height) that an annotation gives it; a picture that has it unturned stays so."""
     with reading(path, "picture"), Image.open(path, formats=FORMATS) as image:
-        for turned in (ImageOps.exif_transpose(image), image):
+        for turned in (ImageOps.exif_transpose(image), image):  # turns that keep the size count too
             if size in (None, turned.size):
                 return to_rgb(turned)
         raise BadInput(
@@ -214,7 +214,7 @@ def read_id_png(path, listed=None):
                 ids = np.asarray(image)
         if not 0 <= ids.min() <= ids.max() <= MAX_ID:
             raise BadInput(f"{path}: holds ids outside of 0..{MAX_ID}")
-        return ids.astype(np.int32)
+        return ids.astype(np.int32, copy=False)
 
 
 def write_id_png(path, ids):
@@ -330,13 +330,14 @@ def outline_runs(outline, height, width):
         if isinstance(outline, list):
             polygons = outline if isinstance(outline[0], list) else [outline]
             polygons = [p for p in polygons if len(p) >= 6]
-            if not np.abs(np.concatenate(polygons)).max() <= 2 * max(height, width):
+            if not np.abs(np.concatenate(polygons)).max() <= 2 * max(height, width):  # or NaN
                 return None
             outline = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
             outline["counts"] = outline["counts"].decode()
         counts = outline["counts"]
         counts = np.array(rle_counts(counts) if isinstance(counts, str) else counts)
-        fits = counts.dtype.kind == "i" and counts.min() >= 0 and counts.sum() == height * width
+        fits = counts.dtype.kind == "i" and counts.ndim == 1 and counts.min() >= 0
+        fits = fits and counts.sum() == height * width
         return counts if fits and list(outline["size"]) == [height, width] else None
     except Exception:  # what people write here can fail in any way
         return None
@@ -979,7 +980,10 @@ class Inert:
     """Stands in for whatever class a foreign file names; takes anything and runs nothing."""
 
     def __init__(self, *args):
-        self.__setstate__ = id
+        pass
+
+    def __setstate__(self, state):
+        pass
 
 
 def load(path, *kinds):

@@ -37,20 +37,14 @@ SD_SCALE = 0.18215  # Stable Diffusion's factor on its VAE's latents
 CLIP = 1.0  # largest norm of the gradient (authors)
 
 # Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-MODELS = {
-    "sd": dict(
-        size=512, iters=50_000, batch_size=256, micro_batch=32, lr=1e-4, weight_decay=0.05, ema=0.0
-    ),
-    "small": dict(
-        iters=12_000, batch_size=32, micro_batch=32, lr=1e-3, weight_decay=0.01, ema=0.998
-    ),
-}
+MODELS = {"sd": dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05, ema=0.0)}
 MODELS["sd"] |= dict(prediction="epsilon", loss_weight="linear", latent_scale=SD_SCALE)
-MODELS["sd"] |= dict(self_cond=1.0, steps=50, snap=False, td=0.0, schedule="cosine")
+MODELS["sd"] |= dict(self_cond=1.0, steps=50, snap=False, td=0.0)
+MODELS["small"] = dict(size=64, iters=12_000, batch_size=32, lr=1e-3, weight_decay=0.01, ema=0.998)
 MODELS["small"] |= dict(prediction="v", loss_weight="none", latent_scale=0.0)
-MODELS["small"] |= dict(self_cond=0.5, steps=10, snap=True, td=0.5, schedule="cosine")
-# What a checkpoint says of how to sample; a missing entry means this.
+MODELS["small"] |= dict(self_cond=0.5, steps=10, snap=True, td=0.0)
 COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
+# What a checkpoint says of how to sample; a missing entry means this.
 SAMPLING = dict(
     distill=0, snap=False, td=0.0, steps=50, renoise=False, postprocess="paper", connected=False
 )
@@ -226,14 +220,14 @@ class LDM(nn.Module):
 
     def denoise(self, zj, image_latent, self_cond, j):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
-        x = [zj, image_latent] + [self_cond] * bool(self.settings["self_cond"])
+        x = torch.cat([zj, image_latent, self_cond], 1)
+        x = x[:, : self.unet.config.in_channels]  # a model may have no self-conditioning
         j = torch.as_tensor(j, device=zj.device).expand(len(zj))
-        return self.unet(torch.cat(x, 1), j, encoder_hidden_states=None).sample.float()
+        return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
     def start(self, args, source):
         """Take the settings of a training and say which weights it trains."""
-        self.settings |= {k: getattr(args, k) for k in (*data.STORED, "distill")}
-        self.settings["self_cond"] = args.self_cond and self.settings["self_cond"]
+        self.settings |= {k: getattr(args, k) for k in (*data.STORED, "distill", "self_cond")}
         self.settings["connected"] = getattr(source, "background_id", None) is not None
         if args.distill and self.ddim.prediction == "epsilon":  # of pure noise it tells nothing
             self.settings["prediction"] = self.ddim.prediction = "v"
@@ -267,9 +261,7 @@ class LDM(nn.Module):
             z = self.encode(batch["ids"])  # encode the target: B x 4 x h x w
             image_latent = self.encode_image(batch["image"])  # encode the image: B x c x h x w
             zj = self.ddim.add_noise(z, eps, j)  # eq. 3
-            if self.settings[
-                "distill"
-            ]:  # beyond the paper: the last timestep is where sampling begins
+            if self.settings["distill"]:  # beyond the paper: as sampling begins
                 zj = torch.where((j == self.ddim.T - 1)[:, None, None, None], eps, zj)
             known, cells = self.known(batch["given"])  # beyond the paper: nothing, by default
             self_cond = cells * known
@@ -330,9 +322,9 @@ class LDM(nn.Module):
 # ------------------------------------------- beyond the paper: one pass, by ids that the noise chooses
 
 
-def rename(ids, other):
+def rename(ids, other, reserved=()):
     """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
-    one, largest overlap first; the rest keep their ids, or get unused ones."""
+    one, largest overlap first; the rest keep their ids, or get unused ones, none of `reserved`."""
     of_ids, of_other, pixels = pq.overlaps(ids, other)
     name, taken = {0: 0}, {0}
     for k in np.argsort(-pixels, kind="stable"):
@@ -340,7 +332,7 @@ def rename(ids, other):
         if i not in name and new not in taken:
             name[i] = new
             taken.add(new)
-    taken |= set(of_other.tolist())
+    taken |= set(reserved)
     for i in sorted(set(of_ids.tolist()) - name.keys()):
         name[i] = i if i not in taken else next(n for n in itertools.count(1) if n not in taken)
         taken.add(name[i])
@@ -649,11 +641,12 @@ def new_model(args, train_set, autoencoder):
     """The model that a training starts from. Raises BadInput."""
     if args.model == "sd":
         image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae"))
-        unet = grow_conv_in(ae.load_sd(args.sd, "unet"), 4 + image_encoder.channels + 4)
+        channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
+        unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels)
     else:
         image_encoder = Pixels(autoencoder.factor)
-        side = args.size // autoencoder.factor
-        unet = build_unet(small_unet_config(4 + image_encoder.channels + 4, side))
+        channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
+        unet = build_unet(small_unet_config(channels, args.size // autoencoder.factor))
     if image_encoder.factor != autoencoder.factor:
         told = f"shrinks by {autoencoder.factor}: train one with --factor {image_encoder.factor}"
         raise BadInput(f"--ae: the autoencoder {told}")
@@ -677,7 +670,7 @@ def flags():
     add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4")
     add("--latent_scale", type=data.amount, help="factor on z; 0: half of unit variance, measured")
     add("--self_cond", type=data.fraction, help="share of samples with self-conditioning")
-    add("--micro_batch", type=data.positive, help="images at a time on each device")
+    add("--micro_batch", type=data.positive, default=32, help="images at a time on each device")
     add("--classes", choices=["with", "only"], help="also train Table 2's classifier, or only it")
     add("--given", type=data.fraction, default=0.0, help="share of samples with a partial map")
     add(
@@ -687,6 +680,7 @@ def flags():
         help="let the noise choose ids, by so many passes",
     )
     add("--augment", type=data.fraction, help="turn by quarters, jitter brightness and contrast")
+    parser.set_defaults(schedule="cosine")
     return parser
 
 

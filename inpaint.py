@@ -64,7 +64,8 @@ def complete(model, image_latent, given, noise, steps, fresh=None):
         z0 = model.ddim.remove_noise(z, output, j)
         if j_prev >= 0:
             ids = [renamed(*pair) for pair in zip(*to_numpy(model.likeliest(z0), given))]
-            z0 = model.encode(torch.from_numpy(np.stack(ids)).to(z.device))
+            ids = torch.from_numpy(np.stack(ids)).to(z.device)
+            z0 = model.encode(torch.where(ids < model.autoencoder.num_ids, ids, 0))
         z = model.ddim.step(z, z0, j, j_prev, fresh and fresh(j))
         self_cond = torch.where(cells, known, z0)
     return z0
@@ -78,7 +79,7 @@ def to_numpy(*tensors):
 def renamed(ids, given):
     """An id map (H x W) whose segments get the given id (0 = unknown) that they cover most, one to
     one; given pixels are pasted."""
-    return np.where(given > 0, given, diffusion.rename(ids, given))
+    return np.where(given > 0, given, diffusion.rename(ids, given, np.unique(given).tolist()))
 
 
 def complete_tiles(model, keys, tiles, args):

@@ -30,9 +30,11 @@ def overlaps(a, b):
     a, b = a.reshape(-1), b.reshape(-1)
     change = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
     start = np.concatenate([[0], 1 + np.flatnonzero(change)])
-    length = np.diff(start, append=a.size)
-    pair, place = np.unique(a[start].astype(np.int64) << 32 | b[start], return_inverse=True)
-    return pair >> 32, pair & 0xFFFFFFFF, np.bincount(place, length).astype(np.int64)
+    pair, length = a[start].astype(np.int64) << 32 | b[start], np.diff(start, append=a.size)
+    order = pair.argsort()
+    pair, length = pair[order], length[order]
+    first = np.flatnonzero(np.diff(pair, prepend=-1))
+    return pair[first] >> 32, pair[first] & 0xFFFFFFFF, np.add.reduceat(length, first)
 
 
 def places(ids, listed, what):
@@ -166,9 +168,8 @@ class Score:
             return {k: everything[k] for k in ("pq", "sq", "rq")}
         _, tp, fp, fn = self.alone.state[0]
         figures = {k: alone[k] for k in ("pq", "sq", "rq")}
-        return {
-            **figures,
-            "ap50": tp / max(tp + fp + fn, 1),
+        return figures | {
+            "ap50": figures["pq"] and tp / (tp + fp + fn),  # None as pq is
             "pq_with_background": everything["pq"],
         }
 

@@ -283,9 +283,9 @@ def find_images(path):
         files = [f for f in files if f not in folders]
     if not files:
         raise BadInput(f"--images {path}: no picture in this folder (JPEG, PNG, TIFF, WebP, ...)")
-    twice = collections.Counter(file.stem for file in files)
-    names = [file.stem if twice[file.stem] == 1 else file.name for file in files]
-    return {int(n) if n.isdecimal() else n: file for n, file in zip(names, files)}
+    names = [int(file.stem) if file.stem.isdecimal() else file.stem for file in files]
+    twice = collections.Counter(names)
+    return {n if twice[n] == 1 else file.name: file for n, file in zip(names, files)}
 
 
 def predict_files(model, files, args):
@@ -391,7 +391,7 @@ def main(argv=None):
     model = open_model(args, device)
     if args.compile:
         model.unet.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
-    all_steps, results = args.steps or [model.settings["steps"]], {}
+    all_steps = args.steps or [model.settings["steps"]]
     for args.steps in all_steps:
         model.ddim.timesteps(args.steps)
     if args.seeds and (files or len(set(args.seeds)) < 2 or world() > 1):
