@@ -19,7 +19,8 @@ Everything random has a stream of its own, so that each part repeats whatever th
     scene (seed, crc32 of the split, index)     order of an epoch (seed, 1, epoch)
     training sample n (seed, 2, n)              ids in an evaluation (seed, 3, image_id)
     dropped blocks (seed, 4, image_id)          noise to sample from: sha256 of seed and image_id
-    an iteration's points, noise, timesteps: torch.manual_seed of (seed, iteration, rank)
+    an iteration's points, noise, timesteps: torch.manual_seed of (seed, iteration, rank); new
+    weights: of seed
 """
 
 import argparse
@@ -1001,7 +1002,8 @@ def load(path, *kinds):
         if named and "kind" in content:
             raise BadInput(f"{path}: holds more than tensors and plain values: not one of ours")
     if kind not in kinds:
-        raise BadInput(f"{path}: no checkpoint of kind {kinds[0]}, but {kind or 'something else'}")
+        told = f"of kind {' or '.join(kinds)}, but {kind or 'something else'}"
+        raise BadInput(f"{path}: no checkpoint {told}")
     return {**content, "kind": kind}
 
 

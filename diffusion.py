@@ -225,7 +225,7 @@ class LDM(nn.Module):
         j = torch.as_tensor(j, device=zj.device).expand(len(zj))
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
-    def start(self, args, source):
+    def begin_training(self, args, source):
         """Take the settings of a training and say which weights it trains."""
         self.settings |= {k: getattr(args, k) for k in (*data.STORED, "distill", "self_cond")}
         self.settings["connected"] = getattr(source, "background_id", None) is not None
@@ -263,21 +263,27 @@ class LDM(nn.Module):
             zj = self.ddim.add_noise(z, eps, j)  # eq. 3
             if self.settings["distill"]:  # beyond the paper: as sampling begins
                 zj = torch.where((j == self.ddim.T - 1)[:, None, None, None], eps, zj)
-            known, cells = self.known(batch["given"])  # beyond the paper: nothing, by default
-            self_cond = cells * known
-            if conditioned.any():  # self-conditioning: a first estimate of z^0
-                i = conditioned.nonzero()[:, 0]
-                output = self.denoise(zj[i], image_latent[i], self_cond[i], j[i])
-                z0 = self.ddim.remove_noise(zj[i], output, j[i])
-                if self.settings["snap"]:  # beyond the paper: as in `sample`
-                    z0 = self.encode(self.likeliest(z0, batch["given"][i]))
-                self_cond[i] = torch.where(cells[i], known[i], z0)
+            self_cond = self.first_estimate(zj, image_latent, j, batch["given"], conditioned)
         torch.clear_autocast_cache()  # or weights that were cast without gradient would be used again
         output = self.denoise(zj, image_latent, self_cond, j)
         error = (output - self.ddim.target(z, eps, j)).square()  # B x 4 x h x w
         valid = F.interpolate(batch["ids"][:, None].float(), size=z.shape[2:]) > 0  # B x 1 x h x w
         loss = (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
         return loss + self.classifier(batch) if classes else loss
+
+    def first_estimate(self, zj, image_latent, j, given, conditioned):
+        """Self-conditioning: z^0 from a first pass for the samples that are `conditioned`, else 0.
+
+        Beyond the paper: where a cell has a given pixel, its known latent; snap as in `sample`."""
+        known, cells = self.known(given)
+        self_cond, i = cells * known, conditioned.nonzero()[:, 0]
+        if len(i):
+            output = self.denoise(zj[i], image_latent[i], self_cond[i], j[i])
+            z0 = self.ddim.remove_noise(zj[i], output, j[i])
+            if self.settings["snap"]:
+                z0 = self.encode(self.likeliest(z0, given[i]))
+            self_cond[i] = torch.where(cells[i], known[i], z0)
+        return self_cond
 
     @torch.no_grad()
     def sample(self, image_latent, noise, steps, fresh=None, trace=None):
@@ -349,7 +355,7 @@ def noise_chooses(model, batch, eps, passes):
     """
     image_latent = model.encode_image(batch["image"])
     found = model.likeliest(model.sample(image_latent, eps, passes)).cpu().numpy()
-    ids = batch["ids"].long().cpu().numpy()
+    ids = batch["ids"].long().cpu().numpy().copy()
     for k in np.flatnonzero(~batch["given"].flatten(1).any(1).cpu().numpy()):
         ids[k] = rename(ids[k], found[k])
     return torch.from_numpy(ids).to(eps.device)
@@ -698,7 +704,7 @@ def start_model(args, train_source):
         train_source, args.size, autoencoder.num_ids, args.seed, crop=args.crop, **more
     )
     model = first or new_model(args, train_set, autoencoder)
-    model.start(args, train_source)
+    model.begin_training(args, train_source)
     return model.train(), train_set
 
 

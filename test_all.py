@@ -6,7 +6,6 @@
 Reference numbers of the authors' release and of the panoptic API are looked for in $LDMSEG_SHARED
 (default: ../shared); tests that need them are skipped where they are absent."""
 
-from PIL import Image
 from argparse import Namespace
 from pathlib import Path
 from unittest import mock
