@@ -17,6 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 import pq
 from data import BadInput, rank, world
 
@@ -89,6 +89,7 @@ class Autoencoder(nn.Module):
         self.settings |= dict(latent_channels=latent_channels)
         self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
         c = width // factor
+        # nn.Identity keeps the authors' numbering of layers, which their checkpoints use
         layers = [nn.Conv2d(id_channels(encoding, num_ids), c, 3, padding=1), nn.SiLU()]
         while c < width:  # halve the sides, double the channels
             down = nn.Conv2d(c, 2 * c, 3, stride=2, padding=1)
@@ -106,7 +107,7 @@ class Autoencoder(nn.Module):
     def encode(self, ids):
         """Ids (B x H x W, 0..N-1, 0 = void or unknown) -> mean, log-variance of z (B x 4 x h x w)."""
         x = encode_ids(ids, self.num_ids, self.encoding)  # B x n x H x W
-        mean, logvar = self.encoder(x).chunk(2, dim=1)  # B x 4 x H/f x W/f
+        mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # B x 4 x H/f x W/f
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
@@ -132,10 +133,7 @@ class SDAutoencoder(Autoencoder):
         nn.Module.__init__(self)
         if not isinstance(vae, nn.Module):
             widths = [width >> k for k in reversed(range(factor.bit_length()))]
-            blocks = [f"{kind}Block2D" for kind in ("DownEncoder", "UpDecoder") for _ in widths]
-            narrow = dict(block_out_channels=widths, norm_num_groups=max(1, widths[0] // 4))
-            narrow["down_block_types"], narrow["up_block_types"] = np.split(np.array(blocks), 2)
-            narrow = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in narrow.items()}
+            narrow = vae_config(widths, norm_num_groups=max(1, widths[0] // 4))
             vae = AutoencoderKL(**(vae or narrow))
         channels, first, last = vae.config.block_out_channels, vae.encoder, vae.decoder
         first.conv_in = nn.Conv2d(id_channels(encoding, num_ids), channels[0], 3, padding=1)
@@ -145,6 +143,13 @@ class SDAutoencoder(Autoencoder):
         self.num_ids, self.encoding, self.factor = num_ids, encoding, 2 ** (len(channels) - 1)
         self.settings = dict(num_ids=num_ids, encoding=encoding, factor=self.factor)
         self.settings |= dict(width=channels[-1], vae=plain(vae.config))
+
+
+def vae_config(block_out_channels, **more):
+    """Config of an AutoencoderKL with these channels at its resolutions, the highest first."""
+    kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+    blocks = {side: [kind] * len(block_out_channels) for side, kind in kinds.items()}
+    return dict(block_out_channels=block_out_channels, **blocks, **more)
 
 
 def plain(config):
@@ -162,9 +167,7 @@ def load_sd(name, part):
     if name == "none" and part == "unet":
         return network(sample_size=64, cross_attention_dim=768)
     if name == "none":
-        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4}
-        blocks["up_block_types"] = ["UpDecoderBlock2D"] * 4
-        return network(block_out_channels=[128, 256, 512, 512], layers_per_block=2, **blocks)
+        return network(**vae_config([128, 256, 512, 512], layers_per_block=2))
     try:
         return network.from_pretrained(name, subfolder=part)
     except Exception:
@@ -197,22 +200,21 @@ def release_settings(weights):
 
 def load_autoencoder(path):
     """Checkpoint of stage 1, or the stage 1 in one of stage 2, ours or the authors' -> Autoencoder
-    in eval mode on the CPU, and the settings that it was trained with. Raises BadInput."""
+    in eval mode on the CPU. Raises BadInput."""
     content = data.load(path, "ae", "ldm", "release_ae", "release_ldm")
     with data.reading(path, "checkpoint"):
-        settings, weights = content.get("settings", {"size": 512}), content.get("weights")
+        weights, own = content.get("weights"), "autoencoder."
         if content["kind"].startswith("release"):
             weights = content["vae"] if "vae" in content else content["vae_semseg"]
             weights = {k.removeprefix("module."): v for k, v in weights.items()}
             shape = release_settings(weights)
         elif content["kind"] == "ldm":
-            shape = settings["autoencoder"]
-            own = [k for k in weights if k.startswith("autoencoder.")]
-            weights = {k.removeprefix("autoencoder."): weights[k] for k in own}
+            shape = content["settings"]["autoencoder"]
+            weights = {k.removeprefix(own): v for k, v in weights.items() if k.startswith(own)}
         else:
             shape = content["autoencoder"]
         model = build(shape)
-    return fill(model, weights, path), settings
+    return fill(model, weights, path)
 
 
 # -------------------------------------------------------------- the losses, on points (PointRend)
@@ -294,8 +296,8 @@ def argmax(logits, height, width, through=None):
     """Logits (N x h x w), resized bilinearly -> NumPy arrays: the likeliest id of each pixel (height
     x width, int32), its probability, and of each id the pixels where its own sigmoid is over 0.5.
 
-    through: a size to go through first; only then they are counted. 16 ids at a time, or a photo's N channels would not fit.
-    """
+    through: a size to go through first; only then they are counted. 16 ids at a time, or a photo's
+    N channels would not fit."""
     best = torch.full((height, width), -math.inf, device=logits.device)
     total, ids, confident = best.clone(), torch.zeros_like(best, dtype=torch.int32), []
     for first in range(0, len(logits), 16):
@@ -425,7 +427,7 @@ def new_model(args):
     """The autoencoder of the flags: of --ckpt, or untrained, or Stable Diffusion's. Raises BadInput."""
     shape = {k: getattr(args, k) for k in ("num_ids", "encoding", "factor", "width")}
     if args.ckpt:
-        model, _ = load_autoencoder(args.ckpt)
+        model = load_autoencoder(args.ckpt)
     elif args.arch == "sd_vae":
         vae = load_sd(args.sd, "vae") if args.model == "sd" else None
         model = SDAutoencoder(**shape, vae=vae)
@@ -475,7 +477,7 @@ def main(argv=None):
     start = data.restore(out / "ae_state.pt", model, optimizer) if args.resume else 0
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     data.say_once(f"stage 1: {args.arch}, {millions:.2f} M parameters, {device}, {args.precision}")
-    if not start:
+    if args.iters and not start:
         data.log(log, 0)
 
     # training: eq. 2
@@ -487,7 +489,7 @@ def main(argv=None):
         with mixed:
             logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, B x 4 x h x w
         ce, mask, counts = segmentation_losses(logits, ids, *draw_points(logits, ids, points))
-        counts = data.mean_over_ranks(counts)  # DDP takes the mean of the ranks' gradients
+        counts = data.mean_over_ranks(counts).clamp(min=1e-6)  # DDP averages the ranks' gradients
         loss = ce / counts[0] + mask / counts[1] + args.kl * kl_loss(mean, logvar)
         optimizer.backward(loss)
         norm = optimizer.step(it)

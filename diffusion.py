@@ -12,7 +12,8 @@ Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alpha
     self_cond          the previous estimate of z, z^0        B x 4 x h x w
     eps                Gaussian noise; z^j is z noised to timestep j by eq. 3
 Needs stage 1 (--ae). Writes to --out: ldm.pt (all that sampling needs), ldm_state.pt (to --resume),
-ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off for --model sd.
+ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off for --model sd, but for
+`connected` on data of instances.
 """
 
 import collections
@@ -21,6 +22,7 @@ import hashlib
 import itertools
 from pathlib import Path
 
+import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ae
-import data
 import pq
 from ae import plain
 from data import BadInput, rank, world
@@ -39,10 +40,10 @@ CLIP = 1.0  # largest norm of the gradient (authors)
 # Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
 MODELS = {"sd": dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05, ema=0.0)}
 MODELS["sd"] |= dict(prediction="epsilon", loss_weight="linear", latent_scale=SD_SCALE)
-MODELS["sd"] |= dict(self_cond=1.0, steps=50, snap=False, td=0.0)
+MODELS["sd"] |= dict(self_cond=1.0, steps=50, snap=False)
 MODELS["small"] = dict(size=64, iters=12_000, batch_size=32, lr=1e-3, weight_decay=0.01, ema=0.998)
 MODELS["small"] |= dict(prediction="v", loss_weight="none", latent_scale=0.0)
-MODELS["small"] |= dict(self_cond=0.5, steps=10, snap=True, td=0.0)
+MODELS["small"] |= dict(self_cond=0.5, steps=10, snap=True)
 COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
 # What a checkpoint says of how to sample; a missing entry means this.
 SAMPLING = dict(
@@ -208,7 +209,7 @@ class LDM(nn.Module):
 
     def encode(self, ids):
         """y (B x H x W ids) -> z (B x 4 x h x w)."""
-        return self.scale * self.autoencoder.encode(ids)[0].float()
+        return self.scale * self.autoencoder.encode(ids)[0]
 
     def decode(self, z):
         """z (B x 4 x h x w) -> logits (B x N x 4h x 4w)."""
@@ -347,18 +348,18 @@ def rename(ids, other, reserved=()):
 
 @torch.no_grad()
 def noise_chooses(model, batch, eps, passes):
-    """`--distill`: the ids (B x H x W) of a batch, renamed after what the model makes of this noise.
+    """`--distill`: rename the ids of a batch, and what is given of them, after what the model makes of
+    this noise (B x 4 x h x w).
 
     From pure noise the best estimate of z^0 is a mean over all numberings of the segments, for ids
     are random: one pass shows a blur. So let the noise choose: each true segment gets the id that it
-    has in the model's own sample from eps, one to one, by overlap. Where a part is given, ids stay.
-    """
+    has in the model's own sample from eps, one to one, by overlap."""
     image_latent = model.encode_image(batch["image"])
-    found = model.likeliest(model.sample(image_latent, eps, passes)).cpu().numpy()
-    ids = batch["ids"].long().cpu().numpy().copy()
-    for k in np.flatnonzero(~batch["given"].flatten(1).any(1).cpu().numpy()):
-        ids[k] = rename(ids[k], found[k])
-    return torch.from_numpy(ids).to(eps.device)
+    found = model.likeliest(model.sample(image_latent, eps, passes))
+    pairs = zip(batch["ids"].cpu().numpy(), found.cpu().numpy())
+    ids = np.stack([rename(truth, other) for truth, other in pairs])
+    batch["ids"] = torch.from_numpy(ids).to(eps.device)
+    batch["given"] = torch.where(batch["given"] > 0, batch["ids"], 0)
 
 
 # --------------------------------------------------------------- a classifier of the masks (Table 2)
@@ -409,9 +410,10 @@ class Classifier(nn.Module):
 
     def logits(self, images):
         """Images (B x 3 x H x W, uint8) -> class logits (B x C x H/8 x W/8; small: H/4 x W/4)."""
-        mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).view(3, 1, 1)
-        std = torch.tensor([0.229, 0.224, 0.225], device=images.device).view(3, 1, 1)
-        return self.head(self.backbone((images / 255 - mean) / std))  # as torchvision normalises
+        from torchvision.transforms.functional import normalize
+
+        x = normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        return self.head(self.backbone(x))
 
     def forward(self, batch):
         """Cross-entropy of the segments' mean logits: mean over an image's segments, then images."""
@@ -481,11 +483,8 @@ def from_release(content, path):
         layers = sum(f"{side}down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(9))
         widths = [len(weights[name]) for name in first]
         sizes.append(dict(block_out_channels=widths, layers_per_block=layers))
-    config, vae = dict(sample_size=64, **sizes[0]), sizes[1]
+    config, vae = dict(sample_size=64, **sizes[0]), ae.vae_config(**sizes[1])
     config["in_channels"] = unet["conv_in.weight"].shape[1]
-    vae["down_block_types"], vae["up_block_types"] = (
-        [f"{side}coderBlock2D"] * 4 for side in ("DownEn", "UpDe")
-    )
     settings = dict(model="sd", data="data/coco", train_split="train2017", val_split="val2017")
     settings |= dict(background="segment", seed=0, crop=0, postprocess="release")
     settings |= dict(size=told.get("size", 512), self_cond=float(config["in_channels"] == 12))
@@ -521,8 +520,8 @@ def load_ldm(path):
 
 def checkpoint(model, dtype=torch.float32):
     """What a checkpoint of stage 2 holds; dtype: torch.float16 makes it half as large."""
-    weights = {k: v.cpu().to(dtype) for k, v in model.state_dict().items() if v.is_floating_point()}
-    weights = {**{k: v.cpu() for k, v in model.state_dict().items()}, **weights}
+    types = {torch.float32: dtype}
+    weights = {k: v.to("cpu", types.get(v.dtype)) for k, v in model.state_dict().items()}
     return {"kind": "ldm", "settings": model.settings, "weights": weights}
 
 
@@ -612,7 +611,7 @@ def evaluate(model, dataset, find, args):
         logits = class_logits(model, images) if labels else [None] * len(images)
         maps = find(images, [sample["image_id"] for sample in samples])
         for sample, image, logit, (raw, certainty) in zip(samples, images, logits, maps):
-            found = ae.keep(raw, certainty, least_area(model, image))
+            found = keep(model, image, raw, certainty)
             if labels:
                 truth = sample["ids"], sample["segments_info"]
                 panoptic.update(*truth, *model.classifier.label(logit, found))
@@ -632,12 +631,13 @@ def evaluate(model, dataset, find, args):
     return score, rows
 
 
-def least_area(model, image):
-    """Least pixels of a segment of an H x W x 3 image: `--min_area`, else `ae.least_area` of the image
-    or of the tiles that it is seen in."""
-    side = model.settings["crop"]
-    area = ae.least_area(*([side, side] if side else image.shape[:2]))
-    return area if model.settings.get("min_area") is None else model.settings["min_area"]
+def keep(model, image, ids, certainty, threshold=0.5):
+    """`ae.keep` what was found in an image: segments of at least `--min_area`, else `ae.least_area` of
+    the image, or of the tiles that it is seen in."""
+    side, area = model.settings["crop"], model.settings.get("min_area")
+    if area is None:
+        area = ae.least_area(*([side, side] if side else image.shape[:2]))
+    return ae.keep(ids, certainty, area, threshold)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -645,27 +645,22 @@ def least_area(model, image):
 
 def new_model(args, train_set, autoencoder):
     """The model that a training starts from. Raises BadInput."""
-    if args.model == "sd":
-        image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae"))
-        channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
-        unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels)
-    else:
-        image_encoder = Pixels(autoencoder.factor)
-        channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
-        unet = build_unet(small_unet_config(channels, args.size // autoencoder.factor))
-    if image_encoder.factor != autoencoder.factor:
-        told = f"shrinks by {autoencoder.factor}: train one with --factor {image_encoder.factor}"
+    sd, factor = args.model == "sd", autoencoder.factor
+    image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae")) if sd else Pixels(factor)
+    if image_encoder.factor != factor:
+        told = f"shrinks by {factor}: train one with --factor {image_encoder.factor}"
         raise BadInput(f"--ae: the autoencoder {told}")
+    channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
+    small = small_unet_config(channels, args.size // factor)
+    unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels) if sd else build_unet(small)
     scale = args.latent_scale
     if not scale:  # half of unit variance
         maps = torch.from_numpy(np.stack([train_set[n]["ids"] for n in range(256)]))
         with torch.no_grad():
             z = torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)])
         scale = 0.5 / z.std().item()
-    settings = {k: getattr(args, k) for k in (*data.STORED, "prediction", "self_cond", "distill")}
-    settings |= {k: getattr(args, k) for k in ("snap", "td", "steps")}
-    settings["latent_scale"] = scale
-    return LDM(autoencoder, image_encoder, unet, settings)
+    settings = {k: getattr(args, k) for k in ("prediction", "self_cond", "snap", "steps")}
+    return LDM(autoencoder, image_encoder, unet, {**settings, "latent_scale": scale})
 
 
 def flags():
@@ -696,7 +691,9 @@ def start_model(args, train_source):
     first = None
     if args.resume or args.ckpt:
         first = load_ldm(Path(args.out) / "ldm.pt" if args.resume else args.ckpt)
-    autoencoder = first.autoencoder if first else ae.load_autoencoder(ae_path(args))[0]
+    autoencoder = (
+        first.autoencoder if first else ae.load_autoencoder(args.ae or Path(args.out) / "ae.pt")
+    )
     if args.size % (4 * autoencoder.factor):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor}")
     more = {"turns": args.augment is not None, "jitter": args.augment or 0.0, "given": args.given}
@@ -706,11 +703,6 @@ def start_model(args, train_source):
     model = first or new_model(args, train_set, autoencoder)
     model.begin_training(args, train_source)
     return model.train(), train_set
-
-
-def ae_path(args):
-    """Where stage 1 is."""
-    return args.ae or Path(args.out) / "ae.pt"
 
 
 def decay_groups(model):
@@ -761,7 +753,7 @@ def main(argv=None):
     millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
     told = f"UNet {millions:.2f} M parameters, latent scale {model.scale:.4f}"
     data.say_once(f"stage 2: {told}, {device}, {args.precision}")
-    if not start:
+    if args.iters and not start:
         data.log(log, 0)
 
     # training: Algorithm 1
@@ -777,11 +769,13 @@ def main(argv=None):
             eps = torch.randn(b, 4, side, side, device=device)  # B x 4 x h x w
             j = torch.randint(0, T, (b,), device=device)  # B timesteps
             conditioned = torch.rand(b, device=device) < args.self_cond
-            if args.distill:  # beyond the paper: a quarter is learnt where sampling begins
+            if (
+                args.distill and not args.classes
+            ):  # beyond the paper: a quarter is learnt where sampling begins
                 j[torch.rand(b, device=device) < 0.25] = T - 1
                 conditioned &= j < T - 1
-                with optimizer.averaged():
-                    batch["ids"] = noise_chooses(model, batch, eps, args.distill)
+                with mixed, optimizer.averaged():
+                    noise_chooses(model, batch, eps, args.distill)
             waits = (
                 ddp.no_sync() if world() > 1 and piece + 1 < pieces else contextlib.nullcontext()
             )
@@ -807,7 +801,9 @@ def main(argv=None):
             data.save_run(out, content, args, it + 1, model, optimizer)
 
     # what came of it
-    result, rows = (result, rows) if result else validate(model, val_set, args, device)
+    if result is None:
+        with optimizer.averaged():
+            result, rows = validate(model, val_set, args, device)
     if rank() == 0:
         figures, steps = pq.percent(result), model.settings["steps"]
         print(f"{len(val_set)} {args.val_split} images, {steps} steps -> {out / 'ldm.png'}")

@@ -13,18 +13,18 @@ many pixels of the network's input wide (512 for the paper's model).
 Ids survive because they are content, not an order of outputs: latents of given cells are held,
 given pixels pasted. A segmenter that matches its outputs to objects can't do that. But which segment
 has which id is decided at high noise, where held cells say almost nothing. So by default (`complete`,
-beyond the paper) each estimate's segments are renamed after the given ids that they cover.
+beyond the paper) the given ids are first given the names that the noise would choose.
 """
 
 import time
 from pathlib import Path
 
+import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ae
-import data
 import diffusion
 import pq
 import sample
@@ -52,9 +52,14 @@ def inpaint(model, image_latent, known, M, noise, steps):
 def complete(model, image_latent, given, noise, steps, fresh=None):
     """What is done by default, beyond the paper: B x 4 x h x w, from given ids (B x S x S).
 
-    Algorithm 3 with three changes. The given part is told to the network from the start, where it
-    looks for its last estimate (trained by diffusion.py --given). Each estimate is decoded, renamed
-    and encoded again. noise: B x 4 x h x w; fresh: as in `LDM.sample`."""
+    Which segment gets which id is decided by the noise, where held cells say almost nothing. So the
+    given ids are first renamed after what the model makes of this noise by itself: names that the
+    noise agrees with. Then Algorithm 3, but the given part is told to the network from the start,
+    where it looks for its last estimate (trained by diffusion.py --given), and pasted into each
+    estimate's pixels. noise: B x 4 x h x w; fresh: as in `LDM.sample`."""
+    own = model.likeliest(model.sample(image_latent, noise, 1)).cpu().numpy()
+    given = [diffusion.rename(y, ids) for y, ids in zip(given.cpu().numpy(), own)]
+    given = torch.from_numpy(np.stack(given)).to(noise.device)  # B x S x S
     known, cells = model.known(given)  # cells: those with any given pixel
     M = F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor) >= 0.5
     z, self_cond = noise, cells * known
@@ -63,17 +68,10 @@ def complete(model, image_latent, given, noise, steps, fresh=None):
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
         if j_prev >= 0:
-            ids = [renamed(*pair) for pair in zip(*to_numpy(model.likeliest(z0), given))]
-            ids = torch.from_numpy(np.stack(ids)).to(z.device)
-            z0 = model.encode(torch.where(ids < model.autoencoder.num_ids, ids, 0))
+            z0 = model.encode(model.likeliest(z0, given))
         z = model.ddim.step(z, z0, j, j_prev, fresh and fresh(j))
         self_cond = torch.where(cells, known, z0)
     return z0
-
-
-def to_numpy(*tensors):
-    """Tensors as NumPy arrays."""
-    return [t.cpu().numpy() for t in tensors]
 
 
 def renamed(ids, given):
@@ -82,7 +80,7 @@ def renamed(ids, given):
     return np.where(given > 0, given, diffusion.rename(ids, given, np.unique(given).tolist()))
 
 
-def complete_tiles(model, keys, tiles, args):
+def complete_tiles(model, keys, tiles, args, above):
     """Complete some tiles, each an image and a partial map of any ids: ids and certainty of each.
 
     In here a tile's ids are 1, 2, ..., the largest N - 1 of them; what is added gets ids above all.
@@ -108,7 +106,7 @@ def complete_tiles(model, keys, tiles, args):
     for logits, y, known in zip(model.decode(z0), local, names):
         ids, certainty = diffusion.segments(model, logits, *y.shape)
         ids = np.where(y > 0, y, ids) if args.paper else renamed(ids, y)
-        added = args.above + np.arange(max(0, ids.max() + 1 - len(known)))
+        added = above + np.arange(max(0, ids.max() + 1 - len(known)))
         ids = np.append(known, added + 1)[ids]
         found.append((ids, np.where(y > 0, np.float32(1), certainty)))
     return found
@@ -120,18 +118,18 @@ def complete_batch(model, images, partial, keys, args):
     gets ids above them. args: steps, seed, votes, batch_size, paper."""
     names = [np.unique(np.append(y, 0)) for y in partial]
     counted = [known.searchsorted(y) for y, known in zip(partial, names)]  # 0, 1, 2, ...
-    args.above = max(map(len, names))
+    above = max(map(len, names))
 
     def draw(keys, tiles):
         """One sample of some tiles."""
-        return complete_tiles(model, keys, tiles, args)
+        return complete_tiles(model, keys, tiles, args, above)
 
-    pairs, shared = list(zip(images, counted)), [args.above] * len(images)
+    pairs, shared = list(zip(images, counted)), [above] * len(images)
     results = []
     for (image, y), known, one in zip(
         pairs, names, sample.in_tiles(model, pairs, keys, draw, args, shared)
     ):
-        ids = ae.keep(*one, diffusion.least_area(model, image))
+        ids = diffusion.keep(model, image, *one)
         ids = np.where(y > 0, y, ids)
         added = known[-1] + np.arange(1, max(0, ids.max() + 1 - len(known)) + 1)
         results.append(np.append(known, added)[ids].astype(np.int32))
@@ -161,11 +159,11 @@ def given_pixels(sample_, stuff, args, side):
 
 
 def evaluate(model, dataset, args):
-    """Drop and complete a held-out set. Returns, in percent, PQ and id_accuracy (the share of unknown
-    pixels that get the right id) of the completion, of the input as it is and of a sample that is
+    """Drop and complete a held-out set. Returns, in percent, PQ and id_accuracy (the share of the unknown
+    pixels of given segments that get the right id) of the completion, of the input as it is and of a sample that is
     renamed after the input; and picture rows."""
     scores = {name: pq.Score() for name in ("completion", "input", "renamed")}
-    right, unknown, rows = dict.fromkeys(scores, 0), 0, []
+    right, unknown = dict.fromkeys(scores, 0), 0
     stuff = {c["id"] for c in dataset.source.categories if not c["isthing"]}
     side = model.settings["crop"], model.settings["size"]
 
@@ -179,11 +177,12 @@ def evaluate(model, dataset, args):
             truths.append(np.where(np.isin(s["ids"], listed), s["ids"], 0))
             partial.append(np.where(given_pixels(s, stuff, args, side), truths[-1], 0))
         drawn = sample.predict(model, images, keys, args)
-        least = [diffusion.least_area(model, image) for image in images]
-        drawn = [renamed(ae.keep(*d, a), y) for d, a, y in zip(drawn, least, partial)]
+        drawn = [
+            renamed(diffusion.keep(model, i, *d), y) for i, d, y in zip(images, drawn, partial)
+        ]
         done = complete_batch(model, images, partial, keys, args)
         for k, (s, truth, y) in enumerate(zip(samples, truths, partial)):
-            to_find = (y == 0) & (truth > 0)
+            to_find = (y == 0) & (truth > 0) & np.isin(truth, y)
             unknown += to_find.sum()
             for name, ids in (("completion", done[k]), ("input", y), ("renamed", drawn[k])):
                 right[name] += (ids == truth)[to_find].sum()

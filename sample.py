@@ -21,6 +21,7 @@ import math
 import time
 from pathlib import Path
 
+import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,7 +29,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import ae
-import data
 import diffusion
 import pq
 from data import BadInput, rank, world
@@ -90,7 +90,7 @@ def stitch(tiles, corners, shape, shared=0):
         ids, sure = ids[:here, :width], sure[:here, :width]
         seen = np.isfinite(nearest[box])
         of_tile, of_whole, iou = ious(ids[seen], whole[box][seen]) if seen.any() else ([], [], [])
-        name = dict.fromkeys(range(shared + 1), 0) | {i: i for i in range(shared + 1)}
+        name = {i: i for i in range(shared + 1)}
         name |= {i: k for i, k, v in zip(of_tile, of_whole, iou) if v > 0.5 and k > shared < i}
         for i in np.unique(ids):
             if i not in name:
@@ -194,7 +194,7 @@ def segment(model, image, steps=None, seed=0, threshold=0.5, votes=1):
     args = argparse.Namespace(steps=steps or model.settings["steps"], seed=seed, votes=votes)
     args.batch_size = 16
     ids, certainty = predict(model, [array], [""], args)[0]
-    found = ae.keep(ids, certainty, diffusion.least_area(model, array), threshold)
+    found = diffusion.keep(model, array, ids, certainty, threshold)
     return label(model, [array], [found])[0]
 
 
@@ -221,7 +221,7 @@ def compare_seeds(model, dataset, args):
         """Segments of one batch, remembered."""
         found = predict(model, images, keys, args)
         for image, key, one in zip(images, keys, found):
-            maps[key].append(ae.keep(*one, diffusion.least_area(model, image)))
+            maps[key].append(diffusion.keep(model, image, *one))
             if len(maps) <= 6:
                 pictures[key] = image
         return found
@@ -235,14 +235,8 @@ def compare_seeds(model, dataset, args):
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "agreement"]
     data.picture(f"{args.out}/seeds.png", data.sheet(rows, captions))
     mean = float(np.mean([a.mean() for a in agreed.values()]))
-    print(
-        "\n".join(
-            [
-                pq.line(["seed", *by_seed[args.seed]]),
-                *(pq.line([k, *r.values()]) for k, r in by_seed.items()),
-            ]
-        )
-    )
+    for row in (["seed", *by_seed[args.seed]], *([k, *r.values()] for k, r in by_seed.items())):
+        print(pq.line(row))
     print(f"mean agreement {mean:.3f} (1: the same segments everywhere) -> {args.out}/seeds.png")
     return {"agreement": mean, "by_seed": by_seed, "images": len(dataset)}
 
@@ -302,9 +296,10 @@ def predict_files(model, files, args):
             except BadInput as error:
                 broken.append(str(error))
         pictures = [picture for _, _, picture in batch]
-        maps = predict(model, pictures, [name for name, _, _ in batch], args) if batch else []
-        least = [diffusion.least_area(model, picture) for picture in pictures]
-        kept = [ae.keep(*one, area) for one, area in zip(maps, least)]
+        if not batch:
+            continue
+        maps = predict(model, pictures, [name for name, _, _ in batch], args)
+        kept = [diffusion.keep(model, image, *one) for image, one in zip(pictures, maps)]
         for (name, file, image), (ids, found) in zip(batch, label(model, pictures, kept)):
             data.write_id_png(out / "predictions" / f"{name}.png", ids)
             page = Image.fromarray(data.overlay(image, ids))
@@ -357,7 +352,9 @@ def open_model(args, device):
         if getattr(args, name, None) is not None:
             model.settings[name] = getattr(args, name)
     if args.paper:
-        model.settings |= dict(snap=False, td=0.0, renoise=False, postprocess="paper")
+        model.settings |= dict(
+            snap=False, td=0.0, renoise=False, postprocess="paper", connected=False
+        )
     return model
 
 

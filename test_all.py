@@ -687,7 +687,7 @@ def test_autoencoder_has_the_papers_size():
 
 def test_the_authors_autoencoder_gives_the_authors_numbers():
     ref = numbers("ae_parity.npz")
-    model, _ = ae.load_autoencoder(reference("ae_official_format.pt"))
+    model = ae.load_autoencoder(reference("ae_official_format.pt"))
     with torch.no_grad():
         mean, logvar = model.encode(ref.ids)
         logits = model.decode(mean)
@@ -908,7 +908,7 @@ def test_the_authors_diffusion_checkpoints_give_the_authors_numbers(name):
     field = F.interpolate(ref.field, (256, 256), mode="bilinear", align_corners=False)
     for logits, image, theirs in zip(field, images, (ref.ids_0, ref.ids_1)):
         found = diffusion.segments(model, logits, *theirs.shape)
-        found = ae.keep(*found, diffusion.least_area(model, image))
+        found = diffusion.keep(model, image, *found)
         assert np.array_equal(found, (theirs - 1).clamp(min=0))
 
 
@@ -982,13 +982,14 @@ def test_rename_is_one_to_one_by_overlap():
     assert np.array_equal(found, row("77773331150"))
 
 
-def test_the_noise_chooses_ids_but_those_of_a_given_part(tiny):
+def test_the_noise_chooses_the_ids_of_a_map_and_of_what_is_given_of_it(tiny):
     ids = torch.from_numpy(np.stack([s["ids"] for s in scenes(2)]))
     batch = dict(ids=ids, given=ids.clone(), image=torch.zeros(2, 3, 32, 32))
-    batch["given"][1] = 0
+    batch["given"][:, 9:] = 0
     tiny.likeliest = lambda z0: ids % 7 + 1  # a sample that shows the truth in other ids
-    found = diffusion.noise_chooses(tiny, batch, torch.randn(2, 4, 8, 8), 1)
-    assert (found == torch.stack([ids[0], ids[1] % 7 + 1])).all()
+    diffusion.noise_chooses(tiny, batch, torch.randn(2, 4, 8, 8), 1)
+    exact(batch["ids"], (ids % 7 + 1).long())
+    assert (batch["given"][:, :9] == batch["ids"][:, :9]).all() and not batch["given"][:, 9:].any()
 
 
 @pytest.mark.parametrize("shape", [(100, 70), (64, 64), (10, 12)])
@@ -1170,11 +1171,12 @@ def test_a_training_writes_what_comes_of_it(trained):
 
 @pytest.mark.parametrize("script, stage, flags", STAGES)
 def test_both_stages_learn_in_bf16(tmp_path, trained, script, stage, flags):
-    flags += " --iters 100 --lr 0.1 --precision bf16 --save_every 99"
+    flags += " --iters 300 --lr 0.1 --precision bf16 --save_every 299"
     flags += f" --ae {trained / 'ae.pt'} --given 0.5 --augment 0.1" * (stage == "ldm")
     run(SCRIPTS[script].main, flags, "--out", tmp_path)
-    before, after = (read(f / f"{stage}_log.jsonl")[-2]["loss"] for f in (trained, tmp_path))
-    assert after < 0.9 * before
+    logs = (read(folder / f"{stage}_log.jsonl") for folder in (trained, tmp_path))
+    before, after = ([e["loss"] for e in log if "loss" in e] for log in logs)
+    assert np.mean(after[-5:]) < 0.9 * before[0]
 
 
 def test_stable_diffusions_vae_serves_as_stage_1(tmp_path):
