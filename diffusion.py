@@ -46,9 +46,8 @@ MODELS["small"] |= dict(prediction="v", loss_weight="none", latent_scale=0.0)
 MODELS["small"] |= dict(self_cond=0.5, steps=10, snap=True)
 COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
 # What a checkpoint says of how to sample; a missing entry means this.
-SAMPLING = dict(
-    distill=0, snap=False, td=0.0, steps=50, renoise=False, postprocess="paper", connected=False
-)
+SAMPLING = dict(distill=0, given=0.0, snap=False, td=0.0, steps=50, renoise=False)
+SAMPLING |= dict(postprocess="paper", connected=False)
 
 # ------------------------------------------------------------------------------ the DDIM scheduler
 
@@ -228,7 +227,9 @@ class LDM(nn.Module):
 
     def begin_training(self, args, source):
         """Take the settings of a training and say which weights it trains."""
-        self.settings |= {k: getattr(args, k) for k in (*data.STORED, "distill", "self_cond")}
+        self.settings |= {
+            k: getattr(args, k) for k in (*data.STORED, "distill", "given", "self_cond")
+        }
         self.settings["connected"] = getattr(source, "background_id", None) is not None
         if args.distill and self.ddim.prediction == "epsilon":  # of pure noise it tells nothing
             self.settings["prediction"] = self.ddim.prediction = "v"
@@ -321,8 +322,9 @@ class LDM(nn.Module):
 
     def known(self, given):
         """Partial ids (B x S x S, 0 = unknown) -> their latent (B x 4 x h x w), and which cells of it
-        have a given pixel (B x 1 x h x w, bool)."""
-        cells = F.max_pool2d((given > 0).float()[:, None], self.autoencoder.factor) > 0
+        to tell the network (B x 1 x h x w, bool): those of a given pixel, if it learnt that."""
+        told = (given > 0) & bool(self.settings["given"])
+        cells = F.max_pool2d(told.float()[:, None], self.autoencoder.factor) > 0
         return self.encode(given), cells
 
 

@@ -57,7 +57,8 @@ def complete(model, image_latent, given, noise, steps, fresh=None):
     noise agrees with. Then Algorithm 3, but the given part is told to the network from the start,
     where it looks for its last estimate (trained by diffusion.py --given), and pasted into each
     estimate's pixels. noise: B x 4 x h x w; fresh: as in `LDM.sample`."""
-    own = model.likeliest(model.sample(image_latent, noise, 1)).cpu().numpy()
+    passes = model.settings["distill"] or steps
+    own = model.likeliest(model.sample(image_latent, noise, passes)).cpu().numpy()
     given = [diffusion.rename(y, ids) for y, ids in zip(given.cpu().numpy(), own)]
     given = torch.from_numpy(np.stack(given)).to(noise.device)  # B x S x S
     known, cells = model.known(given)  # cells: those with any given pixel

@@ -1171,7 +1171,7 @@ def test_a_training_writes_what_comes_of_it(trained):
 
 @pytest.mark.parametrize("script, stage, flags", STAGES)
 def test_both_stages_learn_in_bf16(tmp_path, trained, script, stage, flags):
-    flags += " --iters 300 --lr 0.1 --precision bf16 --save_every 299"
+    flags += " --iters 200 --lr 0.1 --precision bf16 --save_every 199"
     flags += f" --ae {trained / 'ae.pt'} --given 0.5 --augment 0.1" * (stage == "ldm")
     run(SCRIPTS[script].main, flags, "--out", tmp_path)
     logs = (read(folder / f"{stage}_log.jsonl") for folder in (trained, tmp_path))
