@@ -895,8 +895,9 @@ class Optimizer:
     def learning_rate(self, it):
         """Linear warm-up from 0, then constant, or cosine to 1% of the peak."""
         args, done = self.args, it / max(self.args.iters, 1)
+        warmup = min(WARMUP, max(args.iters // 5, 1))  # shorter in a short run
         cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
-        return args.lr * min(it / WARMUP, 1) * (cosine if args.schedule == "cosine" else 1)
+        return args.lr * min(it / warmup, 1) * (cosine if args.schedule == "cosine" else 1)
 
     def backward(self, loss):
         """Add the loss's gradient."""

@@ -1148,7 +1148,7 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, script, stage, flag
 def test_steps_without_a_finite_gradient_are_skipped():
     layer = torch.nn.Linear(3, 1)
     args = Namespace(
-        lr=0.2, weight_decay=0, ema=0.9, precision="fp32", schedule="constant", iters=9
+        lr=0.2, weight_decay=0, ema=0.9, precision="fp32", schedule="constant", iters=1000
     )
     before, device = layer.weight.clone(), torch.device("cpu")
     optimizer = data.Optimizer([{"params": [*layer.parameters()]}], args, device, 1)
