@@ -30,8 +30,8 @@ train: .venv/ready
 	$(BIN) diffusion.py --ckpt $(SHAPES)/ldm.pt --size 64 --given 0.4 --iters 9000 --out $(SHAPES)
 	$(BIN) diffusion.py --ckpt $(SHAPES)/ldm.pt --distill 4 --given 0.4 --lr 5e-4 --iters 500 --out $(SHAPES)
 	$(BIN) diffusion.py --ckpt $(SHAPES)/ldm.pt --distill 1 --given 0.4 --lr 5e-4 --iters 5000 --out $(SHAPES)
-	$(BIN) diffusion.py --ckpt $(SHAPES)/ldm.pt --classes only --lr 2e-3 --iters 1200 --out $(SHAPES)
-	$(BIN) -c 'import torch, diffusion as d; torch.save(d.checkpoint(d.load_ldm("$(SHAPES)/ldm.pt"), torch.float16), "assets/shapes.pt")'
+	$(BIN) diffusion.py --ckpt $(SHAPES)/ldm.pt --classes --lr 2e-3 --iters 1200 --out $(SHAPES)
+	$(BIN) -c 'import torch; c = torch.load("$(SHAPES)/ldm.pt"); c["weights"] = {k: v.half() if v.is_floating_point() else v for k, v in c["weights"].items()}; torch.save(c, "assets/shapes.pt")'
 
 test: .venv/ready
 	$(BIN) -m pytest -q test_all.py

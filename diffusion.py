@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 diffusion.py         # on eight; --batch_size is the global one
     python diffusion.py --model small --data shapes  # built-in scenes, from scratch, no download
     python diffusion.py --ckpt checkpoints/ldm.pt --distill 1 --iters 5000 --out few    # few passes
-    python diffusion.py --ckpt checkpoints/ldm.pt --classes only --out classes          # Table 2
+    python diffusion.py --ckpt checkpoints/ldm.pt --classes --out classes               # Table 2
 
 Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alphas_cumprod[j],
     z = scale * E(y)   latent of the id map                   B x 4 x h x w
@@ -12,42 +12,43 @@ Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alpha
     self_cond          the previous estimate of z, z^0        B x 4 x h x w
     eps                Gaussian noise; z^j is z noised to timestep j by eq. 3
 Needs stage 1 (--ae). Writes to --out: ldm.pt (all that sampling needs), ldm_state.pt (to --resume),
-ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off for --model sd, but for
-`connected` on data of instances.
+ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off unless its flag is
+given, but for `connected` on data of instances.
 """
 
-import collections
-import contextlib
-import hashlib
+import fnmatch
 import itertools
+import zlib
 from pathlib import Path
 
 import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import pq
-from ae import plain
-from data import BadInput, rank, world
+from data import BadInput, world
 
 SD_SCALE = 0.18215  # Stable Diffusion's factor on its VAE's latents
-CLIP = 1.0  # largest norm of the gradient (authors)
 
 # Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-MODELS = {"sd": dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05, ema=0.0)}
+MODELS = {"sd": dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05)}
 MODELS["sd"] |= dict(prediction="epsilon", loss_weight="linear", latent_scale=SD_SCALE)
-MODELS["sd"] |= dict(self_cond=1.0, steps=50, snap=False)
+MODELS["sd"] |= dict(self_cond=1.0, steps=50)
 MODELS["small"] = dict(size=64, iters=12_000, batch_size=32, lr=1e-3, weight_decay=0.01, ema=0.998)
-MODELS["small"] |= dict(prediction="v", loss_weight="none", latent_scale=0.0)
-MODELS["small"] |= dict(self_cond=0.5, steps=10, snap=True)
+MODELS["small"] |= dict(prediction="v", loss_weight="none", latent_scale=0.36)
+MODELS["small"] |= dict(self_cond=0.5, steps=10)
+# What a checkpoint's settings say, and what it means if they don't, as the authors' files.
+SETTINGS = dict(model="sd", data="data/coco", train_split="train2017", val_split="val2017")
+SETTINGS |= dict(size=512, crop=0, seed=0, prediction="epsilon")
+SETTINGS |= dict(latent_scale=SD_SCALE, beta_start=0.00085, beta_end=0.012, steps=50)
+SETTINGS |= dict(distill=0, given=0.0, postprocess="paper", connected=False, min_area=None)
 COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
-# What a checkpoint says of how to sample; a missing entry means this.
-SAMPLING = dict(distill=0, given=0.0, snap=False, td=0.0, steps=50, renoise=False)
-SAMPLING |= dict(postprocess="paper", connected=False)
 
 # ------------------------------------------------------------------------------ the DDIM scheduler
 
@@ -58,9 +59,9 @@ class DDIM:
     prediction: what the network's output estimates, "epsilon" (the paper), "sample" (z^0) or "v".
     """
 
-    def __init__(self, prediction="epsilon", T=1000, beta_start=0.00085, beta_end=0.012):
-        self.prediction, self.T = prediction, T
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
+    def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012):
+        self.prediction, self.T = prediction, 1000
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, self.T) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)  # T, float32
 
     def scales(self, j, z):
@@ -82,24 +83,19 @@ class DDIM:
     def remove_noise(self, zj, output, j):
         """The inverse of eq. 3: the estimate of z^0 from z^j and the network's output."""
         a, b = self.scales(j, zj)
-        if self.prediction == "sample":
-            return output.clone()  # CUDA graphs use the output's memory again
-        return a * zj - b * output if self.prediction == "v" else (zj - b * output) / a
+        z0 = {"epsilon": (zj - b * output) / a, "sample": output, "v": a * zj - b * output}
+        return z0[self.prediction]
 
-    def step(self, zj, z0, j, j_prev, eps=None):
-        """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the earlier timestep j_prev; past the
-        last one (j_prev < 0) to ab_0, as Stable Diffusion's.
-
-        eps: None is the paper's step, which keeps the noise of z^j. Beyond it: new noise instead.
-        """
-        if eps is None:
-            a, b = self.scales(j, zj)
-            eps = (zj - a * z0) / b
+    def step(self, zj, z0, j, j_prev):
+        """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the earlier timestep j_prev; past
+        the last one (j_prev < 0) to ab_0, as Stable Diffusion's."""
+        a, b = self.scales(j, zj)
+        eps = (zj - a * z0) / b
         return self.add_noise(z0, eps, max(j_prev, 0))
 
     def timesteps(self, steps, release=False):
-        """`steps` equidistant timesteps down from T-1; release: from where the authors' begin, which
-        is lower if `steps` does not divide T. Raises BadInput outside of 1..T."""
+        """`steps` equidistant timesteps down from T-1; release: from where the authors' begin,
+        which is lower if `steps` does not divide T. Raises BadInput outside of 1..T."""
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
         stride = self.T // steps if release else self.T / steps
@@ -116,16 +112,14 @@ class DDIM:
 # ------------------------------------------------------------------------------------ the networks
 
 
-class Pixels(nn.Module):
-    """Image latent without a network: f x f pixels become 3 f^2 channels (--model small)."""
+class Pixels(nn.PixelUnshuffle):
+    """Image latent without a network (--model small): f x f pixels become 3 f^2 channels.
+
+    B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
 
     def __init__(self, factor):
-        super().__init__()
+        super().__init__(factor)
         self.config, self.factor, self.channels = {"factor": factor}, factor, 3 * factor**2
-
-    def forward(self, x):
-        """x: B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
-        return F.pixel_unshuffle(x, self.factor)
 
 
 class SDEncoder(nn.Module):
@@ -134,14 +128,11 @@ class SDEncoder(nn.Module):
     config: an AutoencoderKL's; or vae: one with its weights."""
 
     def __init__(self, scale=SD_SCALE, vae=None, **config):
-        from diffusers import AutoencoderKL
-
         super().__init__()
         vae = vae or AutoencoderKL(**config)
-        self.config, self.scale = {**plain(vae.config), "scale": scale}, scale
-        self.channels, self.factor = vae.config.latent_channels, 2 ** (
-            len(vae.encoder.down_blocks) - 1
-        )
+        self.config, self.scale = {**vae.config, "scale": scale}, scale
+        self.channels = vae.config.latent_channels
+        self.factor = 2 ** (len(vae.encoder.down_blocks) - 1)
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
 
     def forward(self, x):
@@ -151,8 +142,6 @@ class SDEncoder(nn.Module):
 
 def build_unet(config):
     """Stable Diffusion's UNet class with the cross-attention removed: its branch is skipped."""
-    from diffusers import UNet2DConditionModel
-
     unet = UNet2DConditionModel(**config)
     for block in unet.modules():
         if hasattr(block, "attn2"):
@@ -164,15 +153,12 @@ def small_unet_config(in_channels, latent_size, channels=48):
     """The same class with few channels; attention at every resolution of at most 1,024 cells."""
     kinds = ["CrossAttn" * ((latent_size >> i) ** 2 <= 1024) for i in range(3)]
     return dict(
-        sample_size=latent_size,
         in_channels=in_channels,
-        out_channels=4,
         block_out_channels=[channels, 2 * channels, 2 * channels],
         layers_per_block=1,
         attention_head_dim=4,  # four heads: diffusers counts heads here
         cross_attention_dim=8,
         norm_num_groups=16,
-        mid_block_type="UNetMidBlock2DCrossAttn",
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
     )
@@ -181,30 +167,30 @@ def small_unet_config(in_channels, latent_size, channels=48):
 def grow_conv_in(unet, in_channels):
     """Stable Diffusion's UNet with more input channels (4.1): [z: its weights, image and self_cond:
     zeros], without cross-attention."""
-    grown = build_unet({**plain(unet.config), "in_channels": in_channels})
-    state = {k: v for k, v in unet.state_dict().items() if k in grown.state_dict()}
-    weight = torch.zeros_like(grown.conv_in.weight)
-    weight[:, : unet.config.in_channels] = state["conv_in.weight"]
-    grown.load_state_dict({**state, "conv_in.weight": weight})
+    grown = build_unet({**unet.config, "in_channels": in_channels})
+    weights = unet.state_dict()
+    zeros = (0, 0, 0, 0, 0, in_channels - 4)  # how many before and after, from the last axis on
+    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], zeros)
+    grown.load_state_dict(weights, strict=False)  # for those of cross-attention there is no place
     return grown
 
 
 class LDM(nn.Module):
     """The whole model: `forward` is the training loss (Algorithm 1), `sample` makes masks (2).
 
-    autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a checkpoint
-    keeps. classifier: None, or what labels the masks (Table 2)."""
+    autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a
+    checkpoint keeps. classifier: None, or what labels the masks (Table 2)."""
 
     def __init__(self, autoencoder, image_encoder, unet, settings, classifier=None):
         super().__init__()
-        self.autoencoder = autoencoder.eval().requires_grad_(False)
-        self.image_encoder = image_encoder.eval().requires_grad_(False)
-        self.unet, self.classifier, self.settings = unet, classifier, {**SAMPLING, **settings}
-        self.settings |= dict(autoencoder=autoencoder.settings, unet=plain(unet.config))
-        self.settings["image_encoder"] = image_encoder.config
-        self.scale = settings["latent_scale"]
-        betas = {k: settings[k] for k in ("beta_start", "beta_end") if k in settings}
-        self.ddim = DDIM(settings["prediction"], **betas)
+        self.autoencoder = autoencoder.requires_grad_(False)
+        self.image_encoder = image_encoder.requires_grad_(False)
+        self.unet, self.classifier = unet, classifier
+        self.settings = {**SETTINGS, **settings, "image_encoder": image_encoder.config}
+        self.settings |= dict(autoencoder=autoencoder.settings, unet=dict(unet.config))
+        s = self.settings
+        self.scale = s["latent_scale"]
+        self.ddim = DDIM(s["prediction"], s["beta_start"], s["beta_end"])
 
     def encode(self, ids):
         """y (B x H x W ids) -> z (B x 4 x h x w)."""
@@ -218,6 +204,12 @@ class LDM(nn.Module):
         """Images (B x 3 x H x W, uint8) -> image_latent (B x c x h x w)."""
         return self.image_encoder(images.float() / 127.5 - 1).float()
 
+    def encode_pictures(self, pictures):
+        """List of H x W x 3 uint8 arrays of any sizes -> image_latent (B x c x h x w)."""
+        squares = [data.resize_image(p, self.settings["size"]) for p in pictures]
+        images = torch.from_numpy(np.stack(squares)).to(self.unet.device)  # B x S x S x 3
+        return self.encode_image(images.permute(0, 3, 1, 2))
+
     def denoise(self, zj, image_latent, self_cond, j):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
         x = torch.cat([zj, image_latent, self_cond], 1)
@@ -225,162 +217,159 @@ class LDM(nn.Module):
         j = torch.as_tensor(j, device=zj.device).expand(len(zj))
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
+    def noise(self, seed, keys, image_latent):
+        """Noise that belongs to (seed, key), whatever batch it comes in: len(keys) x 4 x h x w."""
+        draws = []
+        for key in keys:
+            number = zlib.crc32(f"{seed}/{key}".encode(errors="surrogateescape"))
+            own = torch.Generator().manual_seed(number)
+            draws.append(torch.randn(4, *image_latent.shape[2:], generator=own))
+        return torch.stack(draws).to(image_latent.device)
+
     def begin_training(self, args, source):
         """Take the settings of a training and say which weights it trains."""
-        self.settings |= {
-            k: getattr(args, k) for k in (*data.STORED, "distill", "given", "self_cond")
-        }
-        self.settings["connected"] = getattr(source, "background_id", None) is not None
+        own = (*data.STORED, "distill", "given", "self_cond")
+        self.settings |= {k: getattr(args, k) for k in own}
+        self.settings["connected"] = bool(getattr(source, "background_id", None))
+        if args.crop:  # `ae.keep` would count a picture's pixels, not a tile's
+            self.settings["min_area"] = round(min(512, args.crop**2 / 512))
         if args.distill and self.ddim.prediction == "epsilon":  # of pure noise it tells nothing
             self.settings["prediction"] = self.ddim.prediction = "v"
         if args.classes and self.settings.get("categories") != source.categories:
             self.classifier = Classifier(source.categories, args.model, args.sd != "none")
             self.settings["categories"] = source.categories
-        self.unet.requires_grad_(args.classes != "only")
         if args.model == "sd":
             self.unet.time_embedding.requires_grad_(False)  # frozen by the authors
             self.unet.enable_gradient_checkpointing()
         if self.classifier:
-            self.classifier.requires_grad_(bool(args.classes))
+            self.classifier.requires_grad_(args.classes)
 
-    def train(self, mode=True):
-        """Stage 1 and the image encoder stay frozen."""
-        super().train(mode)
-        self.autoencoder.eval()
-        self.image_encoder.eval()
-        return self
-
-    def forward(self, batch, eps, j, loss_weights, conditioned, classes=None):
+    def forward(self, batch, eps, j, loss_weights, conditioned):
         """Algorithm 1: the loss of eq. 4, the mean over all cells.
 
-        batch: ids (B x H x W), image (B x 3 x H x W, uint8), given (partial ids); eps: B x 4 x h x w;
-        j: B timesteps; loss_weights: T; conditioned: B, bool, which samples get the estimate of a
-        first pass (the authors: all; Analog Bits: half); classes: "with" or "only" the classifier.
-        """
-        if classes == "only":
-            return self.classifier(batch)
+        batch: ids (B x S x S), image (B x 3 x S x S, uint8), given (B x S x S, > 0: id told);
+        eps: B x 4 x h x w; j: B timesteps; loss_weights: T; conditioned: B, bool, which samples get
+        the estimate of a first pass (the authors: all; Analog Bits: half)."""
         with torch.no_grad():
             z = self.encode(batch["ids"])  # encode the target: B x 4 x h x w
             image_latent = self.encode_image(batch["image"])  # encode the image: B x c x h x w
             zj = self.ddim.add_noise(z, eps, j)  # eq. 3
             if self.settings["distill"]:  # beyond the paper: as sampling begins
                 zj = torch.where((j == self.ddim.T - 1)[:, None, None, None], eps, zj)
-            self_cond = self.first_estimate(zj, image_latent, j, batch["given"], conditioned)
-        torch.clear_autocast_cache()  # or weights that were cast without gradient would be used again
+            given = batch["ids"] * (batch["given"] > 0)
+            self_cond = self.first_estimate(zj, image_latent, j, given, conditioned)
+        torch.clear_autocast_cache()  # or weights cast without gradient would be used again
         output = self.denoise(zj, image_latent, self_cond, j)
         error = (output - self.ddim.target(z, eps, j)).square()  # B x 4 x h x w
         valid = F.interpolate(batch["ids"][:, None].float(), size=z.shape[2:]) > 0  # B x 1 x h x w
-        loss = (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
-        return loss + self.classifier(batch) if classes else loss
+        return (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
 
     def first_estimate(self, zj, image_latent, j, given, conditioned):
         """Self-conditioning: z^0 from a first pass for the samples that are `conditioned`, else 0.
 
-        Beyond the paper: where a cell has a given pixel, its known latent; snap as in `sample`."""
+        Beyond the paper, what is given (B x S x S) stands in it, as `inpaint.complete` does it."""
         known, cells = self.known(given)
         self_cond, i = cells * known, conditioned.nonzero()[:, 0]
         if len(i):
             output = self.denoise(zj[i], image_latent[i], self_cond[i], j[i])
             z0 = self.ddim.remove_noise(zj[i], output, j[i])
-            if self.settings["snap"]:
-                z0 = self.encode(self.likeliest(z0, given[i]))
-            self_cond[i] = torch.where(cells[i], known[i], z0)
+            pasted = torch.where(cells[i], known[i], self.encode(self.likeliest(z0, given[i])))
+            some = (given[i] > 0).flatten(1).any(1)[:, None, None, None]
+            self_cond[i] = torch.where(some, pasted, z0)
         return self_cond
 
     @torch.no_grad()
-    def sample(self, image_latent, noise, steps, fresh=None, trace=None):
+    def sample(self, image_latent, noise, steps, trace=None):
         """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a segmentation.
 
-        fresh: None is Algorithm 2; beyond it, a function of j that gives new noise for each step.
         trace: a list that receives the estimate of z^0 after each step."""
         z, self_cond = noise, torch.zeros_like(noise)
         for j, j_prev in self.schedule(steps):
             output = self.denoise(z, image_latent, self_cond, j)
             z0 = self.ddim.remove_noise(z, output, j)
-            if self.settings["snap"] and j_prev >= 0:  # beyond the paper
-                z0 = self.encode(self.likeliest(z0))
-            z = self.ddim.step(z, z0, j, j_prev, fresh and fresh(j))  # eq. 5
+            z = self.ddim.step(z, z0, j, j_prev)  # eq. 5
             self_cond = z0
             if trace is not None:
                 trace.append(z0)
         return z0
 
     def schedule(self, steps):
-        """Pairs of a timestep and the next, the last -1. Beyond the paper, td > 0 steps on by so many
-        intervals more (Pix2Seq-D's asymmetric time intervals)."""
+        """Pairs of a timestep and the next, the last -1."""
         timesteps = self.ddim.timesteps(steps, self.settings["postprocess"] == "release")
-        further = int(self.settings["td"] * self.ddim.T / steps)
-        ends = [max(j - further, 0) for j in timesteps[1:]] + [-1]
-        return list(zip(timesteps, ends))
+        return list(zip(timesteps, [*timesteps[1:], -1]))
 
     def likeliest(self, z0, given=None):
-        """Latent (B x 4 x h x w) -> the likeliest id of each pixel (B x S x S), the given ones kept."""
-        size = [self.autoencoder.factor * n for n in z0.shape[2:]]
-        logits = F.interpolate(self.decode(z0), size, mode="bilinear", align_corners=False)
-        ids = logits.argmax(1)
+        """Latent (B x 4 x h x w) -> the likeliest id of each pixel (B x S x S); given ones stay."""
+        size = self.settings["size"]
+        ids = F.interpolate(self.decode(z0), size, mode="bilinear").argmax(1)
         return ids if given is None else torch.where(given > 0, given.long(), ids)
 
     def known(self, given):
-        """Partial ids (B x S x S, 0 = unknown) -> their latent (B x 4 x h x w), and which cells of it
-        to tell the network (B x 1 x h x w, bool): those of a given pixel, if it learnt that."""
+        """Partial ids (B x S x S, 0 = unknown) -> their latent (B x 4 x h x w), and which cells of
+        it to tell the network (B x 1 x h x w, bool): those of a given pixel, if it learnt that."""
         told = (given > 0) & bool(self.settings["given"])
         cells = F.max_pool2d(told.float()[:, None], self.autoencoder.factor) > 0
         return self.encode(given), cells
 
+    @torch.no_grad()
+    def label(self, image, ids, merge=True):
+        """Ids (H x W) of an image (H x W x 3, uint8) -> ids and segments_info: with a classifier
+        with category_id and score, and `merge` makes the segments of a stuff category one."""
+        if self.classifier is None:
+            return ids, data.describe(ids)
+        size, crop = self.settings["size"], self.settings["crop"]
+        # seen at the size, or of crops at the scale, of training
+        sides = [max(8, round(n * size / (crop or n))) for n in ids.shape]
+        x = torch.tensor(image, device=self.unet.device).permute(2, 0, 1)[None].float()
+        x = F.interpolate(x, sides, mode="bilinear", antialias=True)
+        return self.classifier.label(self.classifier.logits(x)[0], ids, merge)
 
-# ------------------------------------------- beyond the paper: one pass, by ids that the noise chooses
+
+# --------------------------------------- beyond the paper: one pass, by ids that the noise chooses
 
 
 def rename(ids, other, reserved=()):
     """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
     one, largest overlap first; the rest keep their ids, or get unused ones, none of `reserved`."""
     of_ids, of_other, pixels = pq.overlaps(ids, other)
-    name, taken = {0: 0}, {0}
+    name = {0: 0}
     for k in np.argsort(-pixels, kind="stable"):
-        i, new = int(of_ids[k]), int(of_other[k])
-        if i not in name and new not in taken:
-            name[i] = new
-            taken.add(new)
-    taken |= set(reserved)
-    for i in sorted(set(of_ids.tolist()) - name.keys()):
-        name[i] = i if i not in taken else next(n for n in itertools.count(1) if n not in taken)
+        if of_ids[k] not in name and of_other[k] not in name.values():
+            name[of_ids[k]] = of_other[k]
+    taken = {*name.values(), *reserved}
+    free = (n for n in itertools.count(1) if n not in taken)
+    for i in sorted(set(of_ids) - name.keys()):
+        name[i] = next(free) if i in taken else i
         taken.add(name[i])
-    return np.array([name.get(i, 0) for i in range(int(ids.max()) + 1)])[ids]
+    return np.array([name.get(i, 0) for i in range(ids.max() + 1)])[ids]
 
 
 @torch.no_grad()
-def noise_chooses(model, batch, eps, passes):
-    """`--distill`: rename the ids of a batch, and what is given of them, after what the model makes of
+def noise_chooses(model, ids, image_latent, noise, passes):
+    """`--distill` and completion: rename the ids of maps (B x S x S) after what the model makes of
     this noise (B x 4 x h x w).
 
     From pure noise the best estimate of z^0 is a mean over all numberings of the segments, for ids
-    are random: one pass shows a blur. So let the noise choose: each true segment gets the id that it
-    has in the model's own sample from eps, one to one, by overlap."""
-    image_latent = model.encode_image(batch["image"])
-    found = model.likeliest(model.sample(image_latent, eps, passes))
-    pairs = zip(batch["ids"].cpu().numpy(), found.cpu().numpy())
-    ids = np.stack([rename(truth, other) for truth, other in pairs])
-    batch["ids"] = torch.from_numpy(ids).to(eps.device)
-    batch["given"] = torch.where(batch["given"] > 0, batch["ids"], 0)
+    are random: one pass shows a blur. So let the noise choose: each segment gets the id that it has
+    in the model's own sample from this noise, one to one, by overlap."""
+    found = model.likeliest(model.sample(image_latent, noise, passes))
+    pairs = zip(ids.cpu().numpy(), found.cpu().numpy())
+    return torch.from_numpy(np.stack([rename(*pair) for pair in pairs])).to(noise.device)
 
 
-# --------------------------------------------------------------- a classifier of the masks (Table 2)
+# -------------------------------------------------------------- a classifier of the masks (Table 2)
 
 
 def segment_means(x, ids, count):
-    """Means of x (B x C x h x w) over the pixels of each id 0..count-1 of ids (B x H x W) -> B x count
-    x C, 0 where an id is absent. Counts the pixels of each pair of id and cell that occurs."""
-    (b, c, h, w), (_, height, width) = x.shape, ids.shape
-    rows = (torch.arange(height, device=x.device) + 0.5) * h / height
-    cols = (torch.arange(width, device=x.device) + 0.5) * w / width
-    image = torch.arange(b, device=x.device)[:, None, None]
-    cell = (image * h + rows.long()[:, None]) * w + cols.long()  # B x H x W
-    pairs, pixels = torch.unique((image * count + ids) * (b * h * w) + cell, return_counts=True)
-    segment, cell = pairs // (b * h * w), pairs % (b * h * w)
-    values = x.float().permute(0, 2, 3, 1).reshape(-1, c)[cell] * pixels[:, None]
-    sums = torch.zeros(b * count, c, device=x.device).index_add_(0, segment, values)
-    area = torch.zeros(b * count, device=x.device).index_add_(0, segment, pixels.float())
-    return (sums / area.clamp(min=1)[:, None]).view(b, count, c)
+    """Means of x (B x C x h x w) over each id 0..count-1 of ids (B x H x W) -> B x count x C, 0
+    where an id is absent. A cell counts by the share of its pixels that have the id."""
+    means = []
+    for values, y in zip(x.float(), ids):  # one by one: all masks of a batch would not fit
+        masks = F.one_hot(y, count).permute(2, 0, 1).float()  # count x H x W
+        share = F.adaptive_avg_pool2d(masks, x.shape[2:]).flatten(1)  # count x hw
+        total = share.sum(1, keepdim=True).clamp(min=1e-9)
+        means.append(share @ values.flatten(1).T / total)
+    return torch.stack(means)
 
 
 class Classifier(nn.Module):
@@ -391,170 +380,125 @@ class Classifier(nn.Module):
 
     def __init__(self, categories, model, pretrained=False):
         super().__init__()
-        import torchvision
-        from torchvision.models.segmentation.deeplabv3 import ASPP
-
-        self.categories = categories
+        self.categories, count = categories, len(categories)
+        models, layer = torchvision.models.segmentation, torchvision.ops.Conv2dNormActivation
         if model == "sd":
-            weights, dilate = "DEFAULT" if pretrained else None, [False, True, True]
-            net = torchvision.models.resnet50(weights=weights, replace_stride_with_dilation=dilate)
-            layers = list(net.named_children())[:-2]  # without pooling and fc
-            self.backbone = nn.Sequential(collections.OrderedDict(layers))
-            channels, width, rates = 2048, 256, (12, 24, 36)
-        else:
-            layers, channels, width, rates = [], 64, 64, (2, 4, 6)
-            for c, d, stride in ((3, 32, 2), (32, 64, 2), (64, 64, 1), (64, 64, 1)):
-                layers += [nn.Conv2d(c, d, 3, stride, 1, bias=False), nn.BatchNorm2d(d), nn.ReLU()]
-            self.backbone = nn.Sequential(*layers)
-        mix = [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        last = nn.Conv2d(width, len(categories), 1)
-        self.head = nn.Sequential(ASPP(channels, rates, width), *mix, last)
+            weights = "DEFAULT" if pretrained else None
+            net = models.deeplabv3_resnet50(num_classes=count, weights_backbone=weights)
+            self.backbone, self.head = nn.Sequential(*net.backbone.children()), net.classifier
+        else:  # a layer: convolution, batch norm, ReLU
+            layers = [*layer(3, 32, stride=2), *layer(32, 64, stride=2), *layer(64, 64)]
+            self.backbone = nn.Sequential(*layers, *layer(64, 64))
+            pyramid = models.deeplabv3.ASPP(64, [2, 4, 6], 64)
+            self.head = nn.Sequential(pyramid, *layer(64, 64), nn.Conv2d(64, count, 1))
 
     def logits(self, images):
         """Images (B x 3 x H x W, uint8) -> class logits (B x C x H/8 x W/8; small: H/4 x W/4)."""
-        from torchvision.transforms.functional import normalize
-
-        x = normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+        x = torchvision.transforms.functional.normalize(images / 255, mean, std)
         return self.head(self.backbone(x))
 
-    def forward(self, batch):
-        """Cross-entropy of the segments' mean logits: mean over an image's segments, then images."""
+    def forward(self, batch, *noise):
+        """Cross-entropy of the segments' mean logits: mean over an image's segments, then images.
+
+        noise: what `LDM.forward` takes too, of no use here."""
         classes = batch["classes"]  # B x N, the class of each id, -1 = none
         means = segment_means(self.logits(batch["image"]), batch["ids"].long(), classes.shape[1])
         loss = F.cross_entropy(means.mT, classes, ignore_index=-1, reduction="none")  # B x N
         return (loss.sum(1) / (classes >= 0).sum(1).clamp(min=1)).mean()
 
-    @torch.no_grad()
     def label(self, logits, ids, merge=True):
-        """Class logits (C x h x w) and ids (H x W) of an image -> ids, segments_info with categories
-        and scores. merge: proposals of one stuff category become one segment, as COCO has it."""
+        """Class logits (C x h x w) and ids (H x W) of an image -> ids, segments_info with
+        categories and scores. merge: proposals of one stuff category are one segment, as in COCO.
+        """
         known, place = np.unique(ids, return_inverse=True)
         place = place.reshape(ids.shape)
-        means = segment_means(
-            logits[None], torch.from_numpy(place[None]).to(logits.device), len(known)
-        )
-        score, best = (t.cpu().numpy() for t in means[0].softmax(1).max(1))
-        first = {}
+        y = torch.from_numpy(place).to(logits.device)
+        scores, classes = segment_means(logits[None], y[None], len(known))[0].softmax(1).max(1)
+        entry, first = {}, {}
         for k, i in enumerate(known.tolist()):
-            if merge and i and not self.categories[best[k]]["isthing"]:
-                known[k] = first.setdefault(best[k], i)
-        ids, label = known[place], dict(zip(known.tolist(), zip(best, score)))
-        segments = data.describe(ids)
-        for s in segments:
-            best_of, score_of = label[s["id"]]
-            s["category_id"] = self.categories[best_of]["id"]
-            s["score"] = round(float(score_of), 4)
-        return ids, segments
+            category = self.categories[classes[k]]
+            if merge and i and not category["isthing"]:
+                known[k] = first.setdefault(category["id"], i)
+            entry[i] = {"category_id": category["id"], "score": round(scores[k].item(), 4)}
+        ids = known[place]
+        return ids, [{**s, **entry[s["id"]]} for s in data.describe(ids)]
 
 
 # ----------------------------------------------------------------------------------- checkpoints
 
-# Settings of the authors' files that change what the network computes, and what is supported here.
-RELEASE = dict(beta_schedule="scaled_linear", num_train_timesteps=1000, clip_sample=False)
-RELEASE |= dict(thresholding=False, set_alpha_to_one=False, act_fn="none", clamp_output=False)
-RELEASE |= dict(num_upscalers=2, num_mid_blocks=0, parametrization="gaussian", fuse_rgb=False)
-RELEASE |= dict(resize_input=False, skip_encoder=False, shared_vae_encoder=False)
-RELEASE |= dict(separate_conv=False, separate_encoder=False, add_adaptor=False, fill_value=0.5)
+# Settings of the authors' files that change what the network computes, and what works here.
+RELEASE = dict.fromkeys(
+    "clip_sample thresholding set_alpha_to_one clamp_output fuse_rgb resize_input skip_encoder "
+    "shared_vae_encoder separate_conv separate_encoder add_adaptor".split(),
+    False,
+)
+RELEASE |= dict(beta_schedule="scaled_linear", num_train_timesteps=1000, act_fn="none")
+RELEASE |= dict(num_upscalers=2, num_mid_blocks=0, parametrization="gaussian", fill_value=0.5)
 RELEASE |= dict(image_descriptors="remove", backbone="unet", encoding_mode="bits")
+RELEASE |= dict(prediction_type="epsilon")
 
 
 def from_release(content, path):
-    """The authors' diffusion checkpoint as an LDM: Stable Diffusion's classes, as wide as the tensors
-    tell; its settings are honoured or refused by name. Raises BadInput."""
+    """The authors' diffusion checkpoint as one of ours: Stable Diffusion's classes, as wide as the
+    tensors tell; its settings are honoured or refused by name. Raises BadInput."""
     told, nested = {}, [content.get("p") or {}]
     for part in nested:  # the nested settings as one dict
         told |= part
         nested += [v for v in part.values() if isinstance(v, dict)]
-    predictions = {"epsilon": "epsilon", "sample": "sample", "v_prediction": "v"}
-    prediction = predictions.get(told.get("prediction_type", "epsilon"))
-    for key, supported in [*RELEASE.items(), ("prediction_type", list(predictions))]:
-        value = told.get(key, supported)
-        if value != supported and not (key == "prediction_type" and prediction):
-            raise BadInput(f"{path}: its setting {key} is {value!r}; {supported!r} works here")
-    parts = {"autoencoder": "vae_semseg", "image_encoder": "vae_image", "unet": "unet"}
-    for part, name in parts.items():
-        parts[part] = {k.removeprefix("module."): v for k, v in content[name].items()}
-    unet, image = parts["unet"], parts["image_encoder"]
-    if any(".attn2." in k for k in unet):
-        raise BadInput(f"{path}: its UNet kept its cross-attention; only one without works here")
-    for name in ("new_conv.weight", "new_conv.bias"):  # conv_in's once more
-        unet.pop(name, None)
-    sizes = []
-    for side, weights in (("", unet), ("encoder.", image)):
-        first = [f"{side}down_blocks.{i}.resnets.0.conv1.weight" for i in range(4)]
-        layers = sum(f"{side}down_blocks.0.resnets.{i}.conv1.weight" in weights for i in range(9))
-        widths = [len(weights[name]) for name in first]
-        sizes.append(dict(block_out_channels=widths, layers_per_block=layers))
-    config, vae = dict(sample_size=64, **sizes[0]), ae.vae_config(**sizes[1])
-    config["in_channels"] = unet["conv_in.weight"].shape[1]
-    settings = dict(model="sd", data="data/coco", train_split="train2017", val_split="val2017")
-    settings |= dict(background="segment", seed=0, crop=0, postprocess="release")
-    settings |= dict(size=told.get("size", 512), self_cond=float(config["in_channels"] == 12))
-    settings |= dict(latent_scale=told.get("scaling_factor", SD_SCALE), prediction=prediction)
-    settings |= {k: told[k] for k in ("beta_start", "beta_end") if k in told}
-    encoder = SDEncoder(told.get("image_scaling_factor", SD_SCALE), **vae)
-    stage1 = ae.build(ae.release_settings(parts["autoencoder"]))
-    model = LDM(stage1, encoder, build_unet(config), settings)
+    for key, works in RELEASE.items():
+        if told.get(key, works) != works:
+            raise BadInput(f"{path}: its setting {key} is {told[key]!r}; {works!r} works here")
+
+    names = {"autoencoder": "vae_semseg", "image_encoder": "vae_image", "unet": "unet"}
+    # conv_in's once more, and the half of the VAE that makes pictures
+    unused = ("unet.new_conv.", "image_encoder.post_quant_conv.")
     # up to diffusers 0.16, which the release was made with, attention in a VAE had other names
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    kept = {k: v for k, v in image.items() if k.startswith(("encoder.", "quant_conv."))}
-    parts["image_encoder"] = {
-        ".".join(names.get(p, p) for p in k.split(".")): kept[k] for k in kept
-    }
-    weights = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
-    return ae.fill(model, weights, path)
+    now = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    weights = {}
+    for part, name in names.items():
+        for key, value in content[name].items():
+            words = [now.get(word, word) for word in key.removeprefix("module.").split(".")]
+            key = ".".join([part, *words])
+            if not key.startswith(unused):
+                weights[key] = value
+
+    shapes = []
+    for side in ("unet", "image_encoder.encoder"):
+        convs = fnmatch.filter(weights, f"{side}.down_blocks.*.resnets.*.conv1.weight")
+        layers = len(convs) // 4
+        widths = [len(weights[key]) for key in convs[::layers]]  # of its four resolutions
+        shapes.append(dict(block_out_channels=widths, layers_per_block=layers))
+    unet, vae = shapes
+    unet["in_channels"] = weights["unet.conv_in.weight"].shape[1]
+    settings = dict(
+        postprocess="release",
+        latent_scale=told.get("scaling_factor", SD_SCALE),
+        autoencoder=ae.release_shape(content["vae_semseg"]),
+        image_encoder=ae.vae_config(**vae, scale=told.get("image_scaling_factor", SD_SCALE)),
+        unet=unet,
+    )
+    settings |= {k: told[k] for k in ("size", "beta_start", "beta_end") if k in told}
+    return {"settings": settings, "weights": weights}
 
 
 def load_ldm(path):
     """Checkpoint of stage 2, ours or the authors' -> LDM in eval mode on the CPU. Nothing in it is
     executed, nothing is downloaded. Raises BadInput."""
     content = data.load(path, "ldm", "release_ldm")
-    with data.reading(path, "checkpoint"):
+    with data.reading(path, "checkpoint whose weights fit its settings"):
         if content["kind"] == "release_ldm":
-            return from_release(content, path)
+            content = from_release(content, path)
         s = content["settings"]
-        [s[k] for k in (*data.STORED, "self_cond")]  # all are there, or it is none of ours
-        kind = Pixels if s["image_encoder"].keys() == {"factor"} else SDEncoder
+        kind = Pixels if "factor" in s["image_encoder"] else SDEncoder
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
         parts = ae.build(s["autoencoder"]), kind(**s["image_encoder"]), build_unet(s["unet"])
-        return ae.fill(LDM(*parts, s, classifier), content["weights"], path)
-
-
-def checkpoint(model, dtype=torch.float32):
-    """What a checkpoint of stage 2 holds; dtype: torch.float16 makes it half as large."""
-    types = {torch.float32: dtype}
-    weights = {k: v.to("cpu", types.get(v.dtype)) for k, v in model.state_dict().items()}
-    return {"kind": "ldm", "settings": model.settings, "weights": weights}
+        model = LDM(*parts, s, classifier)
+        model.load_state_dict(content["weights"])
+        return model.eval()
 
 
 # ------------------------------------------------------------------------- sampling and evaluation
-
-
-def network_input(model, images):
-    """List of H x W x 3 uint8 arrays of any sizes -> B x 3 x S x S, uint8, on the model's device."""
-    squares = [data.resize_image(i, model.settings["size"]).transpose(2, 0, 1) for i in images]
-    return torch.from_numpy(np.stack(squares)).to(next(model.parameters()).device)
-
-
-def image_noise(seed, keys, shape, device):
-    """Noise that belongs to (seed, image), whatever batch it comes in: len(keys) x shape."""
-    draws = []
-    for key in keys:
-        digest = hashlib.sha256(f"{seed}/{key}".encode(errors="surrogateescape")).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        draws.append(torch.randn(shape, generator=generator))
-    return torch.stack(draws).to(device)
-
-
-def noises(model, image_latent, keys, seed):
-    """The noise that sampling begins with, and with `renoise` a function of j that draws it anew."""
-    place = (4, *image_latent.shape[2:]), image_latent.device
-
-    def fresh(j):
-        """New noise for a step."""
-        return image_noise(seed, [f"{key} at {j}" for key in keys], *place)
-
-    return image_noise(seed, keys, *place), fresh if model.settings["renoise"] else None
 
 
 def segments(model, logits, height, width):
@@ -563,106 +507,93 @@ def segments(model, logits, height, width):
 
     The authors' evaluation goes through the training size, and voids segments that hold less than
     half of the pixels where their own sigmoid is over 0.5."""
-    release, size = model.settings["postprocess"] == "release", model.settings["size"]
-    through = (size, size) if release else None
-    ids, certainty, confident = ae.argmax(logits, height, width, through)
+    if release := model.settings["postprocess"] == "release":
+        logits = ae.resize(logits, model.settings["size"], model.settings["size"])
+    ids, certainty = ae.argmax(logits, height, width)
     if release:
-        sure = np.bincount(np.where(certainty >= 0.5, ids, 0).ravel(), minlength=len(confident))
-        ids = np.where((2 * sure < confident)[ids], 0, ids).astype(np.int32)
+        confident = [ae.resize(l[None], height, width).ge(0).sum().item() for l in logits]
+        sure = np.bincount(np.where(certainty >= 0.5, ids, 0).ravel(), minlength=len(logits))
+        ids = np.where((2 * sure < confident)[ids], 0, ids)
     return (ae.connected(ids) if model.settings["connected"] else ids), certainty
 
 
 @torch.no_grad()
-def predict(model, images, keys, steps, seed=0):
+def predict(model, images, keys, args):
     """Algorithm 2 on a list of images (H x W x 3, uint8): of each its ids and their certainty.
 
-    keys: what the noise of each belongs to, with the seed: the same mask in any batch."""
-    image_latent = model.encode_image(network_input(model, images))  # B x c x h x w
-    noise, fresh = noises(model, image_latent, keys, seed)
-    logits = model.decode(model.sample(image_latent, noise, steps, fresh))  # B x N x 4h x 4w
+    keys: what the noise of each belongs to, with args.seed: the same mask in any batch; args: also
+    steps."""
+    image_latent = model.encode_pictures(images)  # B x c x h x w
+    noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
+    logits = model.decode(model.sample(image_latent, noise, args.steps))  # B x N x 4h x 4w
     return [segments(model, l, *image.shape[:2]) for l, image in zip(logits, images)]
 
 
-@torch.no_grad()
-def class_logits(model, images):
-    """The classifier's logits (C x h x w) of each image, seen at the size or scale of training."""
-    size, crop = model.settings["size"], model.settings["crop"]
-    if not crop:
-        return model.classifier.logits(network_input(model, images))
-    found = []
-    for image in images:
-        x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-        sides = [max(8, round(n * size / crop)) for n in image.shape[:2]]
-        x = F.interpolate(x, sides, mode="bilinear", antialias=True)
-        found.append(model.classifier.logits(x.to(next(model.parameters()).device))[0])
-    return found
-
-
 def evaluate(model, dataset, find, args):
-    """`ae.evaluate` of what `find` (lists of images and keys -> ids and certainty of each) gives.
+    """`ae.evaluate` of what `find` gives, which is called like `predict`.
 
-    With a classifier also PQ over its categories (pq_classes, pq_things, pq_stuff) and the share of
-    the matched segments that are labelled rightly (label_accuracy)."""
-    known = model.classifier.categories if model.classifier else []
-    labels = bool(known) and all(c in known for c in dataset.source.categories)
-    panoptic, proposals, any_class = (pq.PanopticQuality(c) for c in (known, known, None))
+    With a classifier of these categories also PQ over them: pq_classes, pq_things, pq_stuff."""
+    categories = dataset.source.categories
+    labels = model.settings.get("categories") == categories
+    panoptic = pq.PanopticQuality(categories)
 
     def predict_batch(samples):
-        """Segments of one batch, and pictures: argmax, over threshold, truth."""
         images = [sample["image"] for sample in samples]
-        logits = class_logits(model, images) if labels else [None] * len(images)
-        maps = find(images, [sample["image_id"] for sample in samples])
-        for sample, image, logit, (raw, certainty) in zip(samples, images, logits, maps):
-            found = keep(model, image, raw, certainty)
+        maps = find(model, images, [sample["image_id"] for sample in samples], args)
+        for sample, image, (raw, certainty) in zip(samples, images, maps):
+            found = ae.keep(raw, certainty, model.settings["min_area"])
             if labels:
-                truth = sample["ids"], sample["segments_info"]
-                panoptic.update(*truth, *model.classifier.label(logit, found))
-                proposals.update(*truth, *model.classifier.label(logit, found, merge=False))
-                any_class.update(*truth, found, data.describe(found))
+                named = model.label(image, found)
+                panoptic.update(sample["ids"], sample["segments_info"], *named)
             yield found, [data.overlay(image, ids) for ids in (raw, found, sample["ids"])]
 
-    model.eval()
-    score, rows = ae.evaluate(dataset, predict_batch, args.batch_size)
+    figures, rows = ae.evaluate(dataset, predict_batch, args.batch_size)
     if labels:
-        for quality in (panoptic, proposals, any_class):
-            quality.state = data.reduce_sum(quality.state)
-        groups, matches = panoptic.result(), any_class.state[:, 1].sum()
-        names = {"pq_classes": "All", "pq_things": "Things", "pq_stuff": "Stuff"}
-        score |= {name: groups[group]["pq"] for name, group in names.items()}
-        score["label_accuracy"] = proposals.state[:, 1].sum() / max(matches, 1)
-    return score, rows
-
-
-def keep(model, image, ids, certainty, threshold=0.5):
-    """`ae.keep` what was found in an image: segments of at least `--min_area`, else `ae.least_area` of
-    the image, or of the tiles that it is seen in."""
-    side, area = model.settings["crop"], model.settings.get("min_area")
-    if area is None:
-        area = ae.least_area(*([side, side] if side else image.shape[:2]))
-    return ae.keep(ids, certainty, area, threshold)
+        result = panoptic.result()
+        groups = {"pq_classes": "All", "pq_things": "Things", "pq_stuff": "Stuff"}
+        figures |= pq.percent({name: result[group]["pq"] for name, group in groups.items()})
+    return figures, rows
 
 
 # --------------------------------------------------------------------------------------- training
 
 
-def new_model(args, train_set, autoencoder):
+def new_model(args, autoencoder):
     """The model that a training starts from. Raises BadInput."""
     sd, factor = args.model == "sd", autoencoder.factor
     image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae")) if sd else Pixels(factor)
     if image_encoder.factor != factor:
-        told = f"shrinks by {factor}: train one with --factor {image_encoder.factor}"
-        raise BadInput(f"--ae: the autoencoder {told}")
+        raise BadInput(f"--ae: its factor is not {image_encoder.factor}: train one with --factor")
     channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
-    small = small_unet_config(channels, args.size // factor)
-    unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels) if sd else build_unet(small)
-    scale = args.latent_scale
-    if not scale:  # half of unit variance
-        maps = torch.from_numpy(np.stack([train_set[n]["ids"] for n in range(256)]))
-        with torch.no_grad():
-            z = torch.cat([autoencoder.encode(m)[0] for m in maps.split(16)])
-        scale = 0.5 / z.std().item()
-    settings = {k: getattr(args, k) for k in ("prediction", "self_cond", "snap", "steps")}
-    return LDM(autoencoder, image_encoder, unet, {**settings, "latent_scale": scale})
+    if sd:
+        unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels)
+    else:
+        unet = build_unet(small_unet_config(channels, args.size // factor))
+    settings = {k: getattr(args, k) for k in ("prediction", "latent_scale", "steps")}
+    return LDM(autoencoder, image_encoder, unet, settings)
+
+
+def start_model(args, source):
+    """The model that a training goes on with: of --resume, of --ckpt or new. Raises BadInput."""
+    out = Path(args.out)
+    if args.resume or args.ckpt:
+        model = load_ldm(out / "ldm.pt" if args.resume else args.ckpt)
+    else:
+        model = new_model(args, ae.load_autoencoder(args.ae or out / "ae.pt"))
+    if args.size % (4 * model.autoencoder.factor):
+        raise BadInput(f"--size {args.size}: must be a multiple of {4 * model.autoencoder.factor}")
+    model.begin_training(args, source)
+    return model.train()
+
+
+def decay_groups(network):
+    """The trained parameters for AdamW: norm layers do not decay (authors)."""
+    kinds = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)
+    decaying, norms = [], []
+    for module in network.modules():
+        group = norms if isinstance(module, kinds) else decaying
+        group += [p for p in module.parameters(recurse=False) if p.requires_grad]
+    return [{"params": decaying}, {"params": norms, "weight_decay": 0.0}]
 
 
 def flags():
@@ -671,151 +602,68 @@ def flags():
     add = parser.add_argument
     add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
     add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4")
-    add("--latent_scale", type=data.amount, help="factor on z; 0: half of unit variance, measured")
+    add("--latent_scale", type=data.number(float, 1e-6), help="factor on the latents of maps")
     add("--self_cond", type=data.fraction, help="share of samples with self-conditioning")
     add("--micro_batch", type=data.positive, default=32, help="images at a time on each device")
-    add("--classes", choices=["with", "only"], help="also train Table 2's classifier, or only it")
+    add("--classes", action="store_true", help="train Table 2's classifier, and only that")
     add("--given", type=data.fraction, default=0.0, help="share of samples with a partial map")
-    add(
-        "--distill",
-        type=data.natural,
-        default=0,
-        help="let the noise choose ids, by so many passes",
-    )
-    add("--augment", type=data.fraction, help="turn by quarters, jitter brightness and contrast")
-    parser.set_defaults(schedule="cosine")
+    add("--distill", type=data.natural, default=0, help="passes by which the noise chooses ids")
+    add("--augment", type=data.amount, default=0.0, help="jitter, random scale, quarter turns")
+    parser.set_defaults(schedule="cosine", clip=1.0)  # clip: the authors'
     return parser
-
-
-def start_model(args, train_source):
-    """The model that a training goes on with, of --resume's run, of --ckpt or new, and its stream of
-    training samples. Raises BadInput."""
-    first = None
-    if args.resume or args.ckpt:
-        first = load_ldm(Path(args.out) / "ldm.pt" if args.resume else args.ckpt)
-    autoencoder = (
-        first.autoencoder if first else ae.load_autoencoder(args.ae or Path(args.out) / "ae.pt")
-    )
-    if args.size % (4 * autoencoder.factor):
-        raise BadInput(f"--size {args.size}: must be a multiple of {4 * autoencoder.factor}")
-    more = {"turns": args.augment is not None, "jitter": args.augment or 0.0, "given": args.given}
-    train_set = data.Training(
-        train_source, args.size, autoencoder.num_ids, args.seed, crop=args.crop, **more
-    )
-    model = first or new_model(args, train_set, autoencoder)
-    model.begin_training(args, train_source)
-    return model.train(), train_set
-
-
-def decay_groups(model):
-    """The trained parameters for AdamW: norm layers do not decay (authors)."""
-    kinds = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)
-    norms = {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if (id(p) in norms) == norm]} for norm in (False, True)
-    ]
-    groups[1]["weight_decay"] = 0.0
-    return groups
-
-
-def validate(model, dataset, args, device):
-    """`evaluate` a held-out set by sampling with the model's usual number of steps."""
-
-    def find(images, keys):
-        """Segments of one batch."""
-        return predict(model, images, keys, model.settings["steps"], args.seed)
-
-    with data.autocast(args, device):
-        found = evaluate(model, dataset, find, args)
-    model.train()
-    return found
 
 
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 2."""
     args = data.parse(flags(), MODELS, argv, "ldm")
-    device, out, log = data.setup(args), Path(args.out), Path(args.out, "ldm_log.jsonl")
-    pieces = -(-args.batch_size // (world() * args.micro_batch))
-    if args.batch_size % (world() * pieces):
-        told = f"must be a multiple of {world()} processes x {pieces} pieces (--micro_batch)"
-        raise BadInput(f"--batch_size {args.batch_size}: {told}")
+    device = data.setup(args)
 
     # data, model, optimiser
     train_source, val_source = data.open_splits(args)
-    model, train_set = start_model(args, train_source)
+    model = start_model(args, train_source).to(device, memory_format=torch.channels_last)
+    more = dict(seed=args.seed, crop=args.crop, augment=args.augment, given=args.given)
+    train_set = data.Training(train_source, args.size, model.autoencoder.num_ids, **more)
     val_set = ae.HeldOut(val_source, args.eval_images, args.crop)
-    model = model.to(device, memory_format=torch.channels_last)
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world() > 1 else model
+    network = model.classifier if args.classes else model  # what is trained
+    ddp = DistributedDataParallel(network) if world() > 1 else network
     mixed = data.autocast(args, device)
-    optimizer = data.Optimizer(decay_groups(model), args, device, CLIP)
+
+    def validation():
+        with mixed:
+            result = evaluate(model.eval(), val_set, predict, args)
+        model.train()
+        return result
+
+    run = data.Run("ldm", args, model, decay_groups(network), model.settings, validation)
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)  # T
-    start = data.restore(out / "ldm_state.pt", model, optimizer) if args.resume else 0
-    millions = sum(p.numel() for p in model.unet.parameters()) / 1e6
-    told = f"UNet {millions:.2f} M parameters, latent scale {model.scale:.4f}"
-    data.say_once(f"stage 2: {told}, {device}, {args.precision}")
-    if args.iters and not start:
-        data.log(log, 0)
+    data.say_once(f"stage 2 on {device} in {args.precision}")
 
     # training: Algorithm 1
-    its, result, bar = range(start, args.iters), None, data.progress(args, start)
-    stream = data.training_batches(train_set, its, args.batch_size, pieces, args.num_workers)
-    side, T, batches = args.size // model.autoencoder.factor, model.ddim.T, iter(stream)
-    for it in its:
-        data.seed_iteration(args.seed, it)
-        loss = torch.zeros(1, device=device)
-        for piece in range(pieces):
-            batch = data.to_device(next(batches), device)
+    pieces = -(-args.batch_size // (world() * args.micro_batch))
+    side, T = args.size // model.autoencoder.factor, model.ddim.T
+    stream = train_set, run.left, args.batch_size, pieces, args.num_workers
+    batches = iter(data.training_batches(*stream))
+    for it in run.iterations():
+        total = 0
+        for batch in itertools.islice(batches, pieces):
+            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
             b = len(batch["ids"])
             eps = torch.randn(b, 4, side, side, device=device)  # B x 4 x h x w
             j = torch.randint(0, T, (b,), device=device)  # B timesteps
             conditioned = torch.rand(b, device=device) < args.self_cond
-            if (
-                args.distill and not args.classes
-            ):  # beyond the paper: a quarter is learnt where sampling begins
+            if args.distill:  # beyond the paper: a quarter is learnt where sampling begins
                 j[torch.rand(b, device=device) < 0.25] = T - 1
                 conditioned &= j < T - 1
-                with mixed, optimizer.averaged():
-                    noise_chooses(model, batch, eps, args.distill)
-            waits = (
-                ddp.no_sync() if world() > 1 and piece + 1 < pieces else contextlib.nullcontext()
-            )
-            with waits:  # ranks share the gradient of the whole batch
-                with mixed:
-                    part = ddp(batch, eps, j, loss_weights, conditioned, args.classes) / pieces
-                optimizer.backward(part)
-            loss += part.detach()
-        norm = optimizer.step(it)
-
-        # once in a while: log, evaluate, save
-        bar.update(args.batch_size)
-        last = it + 1 == args.iters
-        if (it + 1) % data.LOG_EVERY == 0 or last:
-            loss = data.mean_over_ranks(loss).item()
-            bar.set_postfix(loss=f"{loss:.4f}")
-            data.log(log, it + 1, loss=loss, grad_norm=norm, lr=optimizer.learning_rate(it))
-        if (it + 1) % args.save_every == 0 or last:
-            with optimizer.averaged():
-                result, rows = validate(model, val_set, args, device)
-                content = checkpoint(model)
-            data.log(log, it + 1, val_pq=result["pq"])
-            data.save_run(out, content, args, it + 1, model, optimizer)
-
-    # what came of it
-    if result is None:
-        with optimizer.averaged():
-            result, rows = validate(model, val_set, args, device)
-    if rank() == 0:
-        figures, steps = pq.percent(result), model.settings["steps"]
-        print(f"{len(val_set)} {args.val_split} images, {steps} steps -> {out / 'ldm.png'}")
-        print(pq.line(figures) + "\n" + pq.line(figures.values()))
-        data.picture(out / "ldm.png", data.sheet(rows, COLUMNS))
-        if its:
-            data.plot_log(out / "ldm_loss.png", log, "loss")
-        if args.json:
-            data.write_json(args.json, {"images": len(val_set), **figures})
-    data.leave()
+                with mixed, run.averaged():
+                    x = model.encode_image(batch["image"])
+                    batch["ids"] = noise_chooses(model, batch["ids"], x, eps, args.distill)
+            with mixed:
+                loss = ddp(batch, eps, j, loss_weights, conditioned) / pieces
+            run.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        run.step(it, total)
+    run.finish(COLUMNS)
 
 
 if __name__ == "__main__":

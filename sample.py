@@ -1,10 +1,9 @@
-"""sample.py: from an image to its segments with a trained model (paper 3.2; protocol: 4.1, suppl. B).
+"""sample.py: from an image to its segments with a trained model (paper 3.2, 4.1; supplement B).
 
     python sample.py                                   # evaluate the checkpoint's split: PQ, SQ, RQ
     python sample.py --steps 1 2 4 10 50               # a table over sampling steps (Fig. 9, left)
-    python sample.py --paper --steps 50                # Algorithm 2 exactly as printed
     python sample.py --votes 4                         # sample four times and let the samples vote
-    python sample.py --seeds 0 1 2 3                   # where do several seeds agree? (Fig. 10)
+    python sample.py --seeds 0 1 2 3 --limit 6         # where do several seeds agree? (Fig. 10)
     python sample.py --images photo.jpg --trajectory   # any picture, or a folder (Fig. S4)
     python sample.py --ckpt assets/nuclei.pt --images tile.jpg   # nuclei, pictures of any size
     torchrun --nproc_per_node=8 sample.py              # evaluate on eight GPUs
@@ -15,7 +14,6 @@ From Python:  model = load();  ids, segments_info = segment(model, Image.open("p
 """
 
 import argparse
-import collections
 import itertools
 import math
 import time
@@ -24,7 +22,6 @@ from pathlib import Path
 import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -36,18 +33,39 @@ from data import BadInput, rank, world
 OVERLAP = 0.25  # share of a tile's side that the next one sees too
 
 
-def load(path=None, device="cpu"):
-    """Checkpoint of diffusion.py, or the authors' -> LDM in eval mode. None: checkpoints/ldm.pt, or
-    before any training the shipped assets/shapes.pt. Raises BadInput."""
+def load(path=None, device="cpu", paper=False, min_area=None):
+    """Checkpoint of diffusion.py, or the authors' -> LDM in eval mode. Raises BadInput.
+
+    path: None is checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt; paper:
+    leave out what goes beyond supplement B after sampling; min_area: as of `ae.keep`."""
     if path is None:
         path = Path("checkpoints/ldm.pt")
         if not path.is_file():
             path = Path(__file__).parent / "assets" / "shapes.pt"
             data.say_once("no checkpoints/ldm.pt yet: using the shipped assets/shapes.pt")
-    return diffusion.load_ldm(path).to(device, memory_format=torch.channels_last)
+    model = diffusion.load_ldm(path).to(device, memory_format=torch.channels_last)
+    if paper:
+        model.settings |= {"postprocess": "paper", "connected": False}
+    if min_area is not None:
+        model.settings["min_area"] = min_area
+    return model
 
 
 # ------------------------------------------------------- tiles and votes (beyond the paper)
+
+
+def cut(image, side):
+    """Squares that cover an H x W x C array evenly: {(top, left): tile}; side 0: one, all of it."""
+    if not side:
+        return {(0, 0): image}
+    places = []  # by rows, then by columns: the pixels of each tile
+    for n in image.shape[:2]:
+        count = max(1, math.ceil((n / side - OVERLAP) / (1 - OVERLAP)))
+        starts = np.linspace(0, max(n - side, 0), count).round().astype(int)
+        tiles = starts[:, None] + np.arange(side)  # count x side
+        places.append(tiles.clip(max=n - 1))  # a smaller picture's edge is continued
+    pairs = itertools.product(*places)
+    return {(int(rows[0]), int(cols[0])): image[np.ix_(rows, cols)] for rows, cols in pairs}
 
 
 def ious(a, b):
@@ -57,266 +75,220 @@ def ious(a, b):
     return of_a, of_b, pixels / union
 
 
-def tile_corners(height, width, side):
-    """(top, left) of squares that cover a picture evenly, each sharing OVERLAP with the next."""
+def name_after(others, ids, used, shared):
+    """A map (H x W) whose segments get the id of another map's where IoU > 0.5, else new ones.
 
-    def along(n):
-        """Where the squares begin along one side."""
-        count = max(1, math.ceil((n / side - OVERLAP) / (1 - OVERLAP)))
-        return np.linspace(0, max(n - side, 0), count).round().astype(int).tolist()
-
-    return list(itertools.product(along(height), along(width)))
-
-
-def cut(image, side, corners):
-    """Tiles of an H x W[ x 3] array; where it is smaller than a tile, its edge is continued."""
-    short = [(0, max(side - n, 0)) for n in image.shape[:2]] + [(0, 0)] * (image.ndim - 2)
-    image = np.pad(image, short, "edge")
-    return [image[top : top + side, left : left + side] for top, left in corners]
+    others: such maps, -1 where nothing is known; used: new ids are above it; ids up to `shared`
+    mean the same everywhere and stay."""
+    own = np.maximum(ids - shared, 0)
+    names = used + np.cumsum(np.bincount(own.ravel()) > 0)  # so far, all are new
+    best = np.full(len(names), 0.5)
+    for other in others:
+        seen = other >= 0
+        for i, k, iou in zip(*ious(own[seen], np.maximum(other[seen] - shared, 0))):
+            if i and k and iou > best[i]:
+                best[i], names[i] = iou, shared + k
+    return np.where(own > 0, names[own], ids)
 
 
-def stitch(tiles, corners, shape, shared=0):
-    """Join what was found tile by tile. A segment is one of those that are there already where IoU >
-    0.5 in the part that both see; each pixel is taken from the tile in whose middle it lies most.
-
-    tiles: ids (side x side) and certainty of each; shape: H, W of the whole. Ids up to `shared` mean
-    the same in every tile. Returns ids (H x W, int32) and certainty."""
-    whole, certainty = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    nearest, count = np.full(shape, np.inf), shared
-    for (ids, sure), (top, left) in zip(tiles, corners):
-        side = len(ids)
-        box = np.s_[top : top + side, left : left + side]
-        here, width = nearest[box].shape  # a picture may be smaller than the tile
-        ids, sure = ids[:here, :width], sure[:here, :width]
-        seen = np.isfinite(nearest[box])
-        of_tile, of_whole, iou = ious(ids[seen], whole[box][seen]) if seen.any() else ([], [], [])
-        name = {i: i for i in range(shared + 1)}
-        name |= {i: k for i, k, v in zip(of_tile, of_whole, iou) if v > 0.5 and k > shared < i}
-        for i in np.unique(ids):
-            if i not in name:
-                count += 1
-                name[i] = count
-        middle = np.abs(np.arange(side) - (side - 1) / 2)
-        distance = np.maximum(middle[:here, None], middle[:width])
-        closer = distance < nearest[box]
-        table = np.array([name.get(i, 0) for i in range(ids.max() + 1)])
-        for target, value in ((whole, table[ids]), (certainty, sure), (nearest, distance)):
-            target[box][closer] = value[closer]
-    return whole.astype(np.int32), certainty
+def stitch(found, shape, shared=0):
+    """Join what was found tile by tile: {(top, left): (ids, certainty)} -> ids (H x W, int32) and
+    certainty. shape: H, W; shared: as in `name_after`."""
+    whole, certainty = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    for (top, left), (ids, sure) in found.items():
+        box = np.s_[top : top + ids.shape[0], left : left + ids.shape[1]]
+        before = whole[box]
+        # a tile may be larger than the picture
+        inside = np.s_[: before.shape[0], : before.shape[1]]
+        others = [before] if top or left else []  # the first tile meets nothing
+        ids = name_after(others, ids[inside], max(shared, whole.max()), shared)
+        # of what it shares with the tiles above and on the left, the half that is nearer is its own
+        above, beside = (before[:, -1] >= 0).sum() // 2, (before[-1] >= 0).sum() // 2
+        whole[box][above:, beside:] = ids[above:, beside:]
+        certainty[box][above:, beside:] = sure[inside][above:, beside:]
+    return whole, certainty
 
 
 def consensus(found, shared=0):
     """Several samples of one picture (ids and certainty of each) -> one, by majority of each pixel.
 
-    A segment of one sample is an object of the others where IoU > 0.5 with theirs. Ids up to `shared`
-    mean the same in every sample. Returns ids (int32) and the mean certainty of the majority."""
+    Returns ids (H x W, int32) and the mean certainty of the majority."""
     if len(found) == 1:
         return found[0]
-    maps, count = [], shared
+    maps = []
     for ids, _ in found:
-        name = {i: (1.0, i) for i in range(shared + 1)}  # of each id: IoU and id of what it is
-        for other in maps:
-            for i, k, v in zip(*ious(ids, other)):
-                if v > max(0.5, name.get(i, (0,))[0]) and k > shared < i:
-                    name[i] = v, k
-        for i in np.unique(ids):
-            if i not in name:
-                count += 1
-                name[i] = 1.0, count
-        maps.append(np.array([name.get(i, (0, 0))[1] for i in range(ids.max() + 1)])[ids])
+        used = max([shared, *(other.max() for other in maps)])
+        maps.append(name_after(maps, ids, used, shared))
     maps = np.stack(maps)  # K x H x W
+    # a pixel goes to the segment that most samples show there
     votes = np.stack([(maps == one).sum(0) - 0.5 * (one == 0) for one in maps])  # void loses a tie
-    chosen = np.take_along_axis(maps, votes.argmax(0)[None], 0)
-    sure = np.stack([certainty for _, certainty in found])
+    chosen = np.take_along_axis(maps, votes.argmax(0)[None], 0)  # 1 x H x W
+    sure = np.stack([certainty for _, certainty in found])  # K x H x W
     return chosen[0].astype(np.int32), sure.mean(0, where=maps == chosen)
 
 
-def vote(draw, keys, pieces, votes, batch_size):
-    """Let `draw` (lists of keys and pieces -> ids and certainty of each) see all pieces `votes` times,
-    each time with other keys and so other noise. Returns the samples of each piece."""
-    samples = [[] for _ in pieces]
-    for k, n in itertools.product(range(votes), range(0, len(pieces), batch_size)):
-        names = [f"{key} vote {k}" if k else key for key in keys[n : n + batch_size]]
-        for i, one in enumerate(draw(names, pieces[n : n + batch_size]), n):
-            samples[i].append(one)
-    return samples
+def predict(model, images, keys, args, draw=diffusion.predict, shared=0):
+    """Segments of images (list of H x W x 3, uint8) by Algorithm 2: of each ids (H x W, int32) and
+    certainty. A model that was trained on crops sees larger pictures in tiles of that size.
 
-
-def in_tiles(model, pictures, keys, draw, args, shared=None):
-    """Find segments of pictures of any sizes: of each ids (H x W, int32) and certainty. A model that
-    was trained on crops sees them in tiles of that size, each with votes of its own.
-
-    pictures: of each a tuple of arrays (H x W[ x 3]); draw: function of lists of keys and such tuples
-    -> ids and certainty of each; shared: of each picture, up to which id ids mean the same in all.
-    """
-    side, shared = model.settings["crop"], shared or [0] * len(pictures)
-    tiles, names, places = [], [], []
-    for arrays, key in zip(pictures, keys):
-        corners = tile_corners(*arrays[0].shape[:2], side) if side else [(0, 0)]
-        tiles += zip(*(cut(x, side, corners) if side else [x] for x in arrays))
-        names += [f"{key} at {corner}" if side else key for corner in corners]
-        places.append(corners)
-    samples, found = iter(vote(draw, names, tiles, args.votes, args.batch_size)), []
-    for arrays, corners, known in zip(pictures, places, shared):
-        joined = [consensus(next(samples), known) for _ in corners]
-        shape = arrays[0].shape[:2]
-        found.append(stitch(joined, corners, shape, known) if side else joined[0])
-    return found
-
-
-def predict(model, images, keys, args):
-    """Algorithm 2 on images (list of H x W x 3, uint8): of each ids (H x W, int32) and certainty.
-
-    keys: what the noise of each belongs to; args: steps, seed, votes, batch_size."""
-
-    def draw(keys, tiles):
-        """One sample of some tiles."""
-        return diffusion.predict(model, [image for [image] in tiles], keys, args.steps, args.seed)
-
-    return in_tiles(model, [(image,) for image in images], keys, draw, args)
-
-
-@torch.no_grad()
-def label(model, images, found, merge=True):
-    """Id maps of images -> of each the ids and segments_info: with a classifier with category_id and
-    score (`merge` makes those of one stuff category one), without all objects (category 1)."""
-    if model.classifier is None:
-        return [(ids, data.describe(ids)) for ids in found]
-    logits = diffusion.class_logits(model, images)
-    return [model.classifier.label(l, ids, merge) for l, ids in zip(logits, found)]
+    keys: what the noise of each belongs to; args: steps, seed, votes, batch_size; draw: in place of
+    `diffusion.predict`, for arrays of any channels; shared: as in `name_after`."""
+    cuts = [cut(image, model.settings["crop"]) for image in images]
+    tiles = [tile for of_image in cuts for tile in of_image.values()]
+    samples = []
+    for vote in range(args.votes):
+        names, drawn = [], []
+        # each tile and vote has noise of its own, the first that of the image itself
+        for key, of_image in zip(keys, cuts):
+            names += [f"{key} at {c} vote {vote}" if any((*c, vote)) else key for c in of_image]
+        for n in range(0, len(tiles), args.batch_size):
+            batch = np.s_[n : n + args.batch_size]
+            drawn += draw(model, tiles[batch], names[batch], args)
+        rest = iter(drawn)
+        found = [dict(zip(of_image, rest)) for of_image in cuts]
+        samples.append([stitch(f, i.shape[:2], shared) for f, i in zip(found, images)])
+    return [consensus(of_image, shared) for of_image in zip(*samples)]
 
 
 def segment(model, image, steps=None, seed=0, threshold=0.5, votes=1):
     """One PIL image -> ids (H x W, int32, 0 = void) and segments_info as COCO has it.
 
     steps: None is the model's usual number; threshold: less certain pixels become void."""
-    array = data.to_rgb(ImageOps.exif_transpose(image))
-    args = argparse.Namespace(steps=steps or model.settings["steps"], seed=seed, votes=votes)
-    args.batch_size = 16
-    ids, certainty = predict(model, [array], [""], args)[0]
-    found = diffusion.keep(model, array, ids, certainty, threshold)
-    return label(model, [array], [found])[0]
+    array, steps = data.to_rgb(ImageOps.exif_transpose(image)), steps or model.settings["steps"]
+    args = argparse.Namespace(steps=steps, seed=seed, votes=votes, batch_size=16)
+    [(ids, certainty)] = predict(model, [array], [""], args)
+    ids = ae.keep(ids, certainty, model.settings["min_area"], threshold)
+    return model.label(array, ids)
 
 
-# ------------------------------------------------------------------- seeds, trajectory, files
+# ---------------------------------------------------------------------------- picture files
+
+
+def find_images(path):
+    """A file or a folder -> {image_id: file} of its pictures: a number where the stem is one, else
+    the stem, or the name where a stem is there again. Raises BadInput if there is none."""
+    path, formats, found = Path(path), Image.registered_extensions(), {}
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        picture = formats.get(file.suffix.lower()) in data.FORMATS and file.name[0] != "."
+        if file.is_file() and (picture or file == path):
+            # COCO's image ids are numbers, its file names 000000000042.jpg
+            name = int(file.stem) if file.stem.isdecimal() else file.stem
+            found[file.name if name in found else name] = file
+    if not found:
+        raise BadInput(f"--images {path}: no picture there (JPEG, PNG, TIFF, WebP, ...)")
+    return found
+
+
+def segment_files(model, files, args):
+    """--images: writes predictions.json (COCO panoptic), predictions/ID.png and overlays/ID.png.
+
+    Returns figures. Raises BadInput at the end if a picture could not be read."""
+    out, images, annotations, broken, began = Path(args.out), [], [], [], time.time()
+    waiting = iter(tqdm(files.items(), unit="image"))
+    while batch := list(itertools.islice(waiting, args.batch_size)):
+        pictures = {}
+        for name, file in batch:
+            try:
+                pictures[name] = data.read_image(file)
+            except BadInput as error:  # it must not cost the others
+                broken.append(error)
+        found = predict(model, list(pictures.values()), list(pictures), args)
+        for (name, picture), (ids, certainty) in zip(pictures.items(), found):
+            ids = ae.keep(ids, certainty, model.settings["min_area"])
+            ids, segments = model.label(picture, ids)
+            data.write_id_png(out / "predictions" / f"{name}.png", ids)
+            overlay = Image.fromarray(data.overlay(picture, ids))
+            data.write(out / "overlays" / f"{name}.png", overlay)
+            height, width = ids.shape
+            about = {"id": name, "file_name": files[name].name, "height": height, "width": width}
+            images.append(about)
+            entry = {"image_id": name, "file_name": f"{name}.png", "segments_info": segments}
+            annotations.append(entry)
+    categories = model.classifier.categories if model.classifier else pq.OBJECT
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    data.write(out / "predictions.json", content)
+    print(f"{len(images)} of {len(files)} pictures -> {out}/predictions.json, {out}/overlays/")
+    # only now: what could be read is written
+    if broken:
+        raise BadInput(f"{len(broken)} of {len(files)} pictures left out, the first: {broken[0]}")
+    return {"images": len(images), "seconds_per_image": (time.time() - began) / len(images)}
+
+
+# ------------------------------------------------------------------ evaluation, seeds, trajectory
+
+
+def compare_steps(model, dataset, all_steps, args):
+    """PQ, SQ, RQ and seconds by sampling steps (Fig. 9, left): table, plot, pictures of the last.
+
+    Returns the figures: those of the last, and all as by_steps."""
+    results = {}
+    for args.steps in all_steps:
+        began = time.time()
+        figures, rows = diffusion.evaluate(model, dataset, predict, args)
+        seconds = (time.time() - began) / len(dataset)
+        if rank() == 0:
+            if not results:
+                print(pq.line(["steps", *figures, "s/image"]))
+            print(pq.line([args.steps, *figures.values(), f"{seconds:.3f}"]), flush=True)
+        results[args.steps] = {**figures, "seconds_per_image": seconds}
+    if rank() == 0:
+        data.write(f"{args.out}/sample.png", data.sheet(rows, diffusion.COLUMNS))
+        if len(results) > 1:
+            curve = [(steps, result["pq"] or 0) for steps, result in results.items()]
+            data.plot(f"{args.out}/sample_steps.png", {"PQ": curve}, "sampling steps", "PQ")
+        print(f"{len(dataset)} images -> {args.out}/sample.png")
+    return {**results[args.steps], "by_steps": results}
 
 
 def agreement(maps):
     """How far several id maps of one image agree: H x W floats in 0..1, the mean over pairs of maps
     of the IoU of the two segments that a pixel lies in; void agrees with nothing."""
-    total, pairs = 0, list(itertools.combinations(maps, 2))
-    for a, b in pairs:
+    by_pair = []
+    for a, b in itertools.combinations(maps, 2):
         of_a, of_b, iou = ious(a, b)
         table = np.zeros((a.max() + 1, b.max() + 1))
-        table[of_a, of_b] = iou * (of_a > 0) * (of_b > 0)
-        total = total + table[a, b]
-    return total / len(pairs)
+        table[of_a, of_b] = iou
+        by_pair.append(table[a, b] * (a > 0) * (b > 0))
+    return np.mean(by_pair, 0)
 
 
 def compare_seeds(model, dataset, args):
-    """Fig. 10: PQ by seed and the seeds' mean agreement; a sheet of the first images."""
-    by_seed, maps, pictures = {}, collections.defaultdict(list), {}
-
-    def find(images, keys):
-        """Segments of one batch, remembered."""
-        found = predict(model, images, keys, args)
-        for image, key, one in zip(images, keys, found):
-            maps[key].append(diffusion.keep(model, image, *one))
-            if len(maps) <= 6:
-                pictures[key] = image
-        return found
-
-    for args.seed in args.seeds:
-        by_seed[args.seed] = pq.percent(diffusion.evaluate(model, dataset, find, args)[0])
-    agreed, rows = {key: agreement(found) for key, found in maps.items()}, []
-    for key, image in pictures.items():
-        grey = np.stack([(255 * agreed[key]).astype(np.uint8)] * 3, -1)
-        rows.append([image, *(data.overlay(image, ids) for ids in maps[key]), grey])
+    """Fig. 10: how far what several seeds find agrees, and a sheet of the first images."""
+    means, rows = [], []
+    # one image at a time, or the maps of all seeds would have to be kept
+    for sample in dataset:
+        image, maps = sample["image"], []
+        for args.seed in args.seeds:
+            [(ids, certainty)] = predict(model, [image], [sample["image_id"]], args)
+            maps.append(ae.keep(ids, certainty, model.settings["min_area"]))
+        agreed = agreement(maps)
+        means.append(float(agreed.mean()))
+        if len(rows) < 6:
+            grey = np.stack([(255 * agreed).astype(np.uint8)] * 3, -1)
+            rows.append([image, *(data.overlay(image, ids) for ids in maps), grey])
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "agreement"]
-    data.picture(f"{args.out}/seeds.png", data.sheet(rows, captions))
-    mean = float(np.mean([a.mean() for a in agreed.values()]))
-    for row in (["seed", *by_seed[args.seed]], *([k, *r.values()] for k, r in by_seed.items())):
-        print(pq.line(row))
+    data.write(f"{args.out}/seeds.png", data.sheet(rows, captions))
+    mean = sum(means) / len(means)
     print(f"mean agreement {mean:.3f} (1: the same segments everywhere) -> {args.out}/seeds.png")
-    return {"agreement": mean, "by_seed": by_seed, "images": len(dataset)}
+    return {"agreement": mean, "images": len(means)}
 
 
-@torch.no_grad()
-def draw_trajectory(model, images, keys, args):
-    """Fig. S4: the estimates of z^0 over the steps, decoded, as a strip. Of a model that
-    sees tiles, the first tile."""
-    side, trace = model.settings["crop"], []
-    images = [cut(i, side, [(0, 0)])[0] for i in images] if side else images
-    image_latent = model.encode_image(diffusion.network_input(model, images))
-    noise, fresh = diffusion.noises(model, image_latent, keys, args.seed)
-    model.sample(image_latent, noise, args.steps, fresh, trace)
-    frames = []
-    for z0 in trace:
-        maps = [ae.argmax(l, *i.shape[:2])[0] for l, i in zip(model.decode(z0), images)]
-        frames.append([data.overlay(image, ids) for image, ids in zip(images, maps)])
-    shown = sorted({round(i) for i in np.linspace(0, len(trace) - 1, 8)})
-    captions = ["image"] + [f"j = {model.schedule(args.steps)[i][0]}" for i in shown]
-    rows = [[image, *(frames[i][k] for i in shown)] for k, image in enumerate(images)]
-    data.picture(f"{args.out}/trajectory.png", data.sheet(rows, captions))
+def draw_trajectory(model, samples, args):
+    """Fig. S4: the estimates of z^0 over the steps, decoded; of a tiled picture the first tile."""
+    pictures = [cut(sample["image"], model.settings["crop"])[0, 0] for sample in samples]
+    keys, trace = [sample["image_id"] for sample in samples], []
+    image_latent = model.encode_pictures(pictures)
+    noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
+    model.sample(image_latent, noise, args.steps, trace)
+    rows, captions = [[picture] for picture in pictures], ["image"]
+    # eight columns can still be made out
+    for i in np.linspace(0, len(trace) - 1, min(len(trace), 8)).round().astype(int):
+        captions.append(f"j = {model.schedule(args.steps)[i][0]}")
+        for row, logits in zip(rows, model.decode(trace[i])):
+            ids, _ = diffusion.segments(model, logits, *row[0].shape[:2])
+            row.append(data.overlay(row[0], ids))
+    data.write(f"{args.out}/trajectory.png", data.sheet(rows, captions))
     print(f"-> {args.out}/trajectory.png")
-
-
-def find_images(path):
-    """A file or a folder -> {image_id: file} of its pictures: a number where the stem is one, else the
-    stem, or the name where a stem is there twice. Raises BadInput if there is none."""
-    path = Path(path)
-    if not path.exists():
-        raise BadInput(f"--images {path}: no such file or folder")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    folders = [file for file in files if file.is_dir()]
-    if folders:
-        data.say_once(f"note: {path}: {len(folders)} folders in it are not looked into")
-    if path.is_dir():
-        readable = {s for s, f in Image.registered_extensions().items() if f in data.FORMATS}
-        files = [f for f in files if f.suffix.lower() in readable and f.name[0] != "."]
-        files = [f for f in files if f not in folders]
-    if not files:
-        raise BadInput(f"--images {path}: no picture in this folder (JPEG, PNG, TIFF, WebP, ...)")
-    names = [int(file.stem) if file.stem.isdecimal() else file.stem for file in files]
-    twice = collections.Counter(names)
-    return {n if twice[n] == 1 else file.name: file for n, file in zip(names, files)}
-
-
-def predict_files(model, files, args):
-    """Segment picture files: predictions.json (COCO panoptic) and predictions/ID.png, overlays/ID.png.
-
-    A picture that can't be read is named and left out. Returns the lines of those."""
-    out, images, annotations, broken = Path(args.out), [], [], []
-    mine = list(files.items())[rank() :: world()]
-    for start in tqdm(range(0, len(mine), args.batch_size), disable=rank() > 0, unit="batch"):
-        batch = []
-        for name, file in mine[start : start + args.batch_size]:
-            try:
-                batch.append((name, file, data.read_image(file)))
-            except BadInput as error:
-                broken.append(str(error))
-        pictures = [picture for _, _, picture in batch]
-        if not batch:
-            continue
-        maps = predict(model, pictures, [name for name, _, _ in batch], args)
-        kept = [diffusion.keep(model, image, *one) for image, one in zip(pictures, maps)]
-        for (name, file, image), (ids, found) in zip(batch, label(model, pictures, kept)):
-            data.write_id_png(out / "predictions" / f"{name}.png", ids)
-            page = Image.fromarray(data.overlay(image, ids))
-            data.picture(out / "overlays" / f"{name}.png", page)
-            size = {"height": ids.shape[0], "width": ids.shape[1]}
-            images.append({"id": name, "file_name": file.name, **size})
-            entry = {"image_id": name, "file_name": f"{name}.png", "segments_info": found}
-            annotations.append(entry)
-    if world() > 1:
-        gathered = [None] * world()
-        dist.all_gather_object(gathered, (images, annotations, broken))
-        images, annotations, broken = (sum(lists, []) for lists in zip(*gathered))
-    if rank() == 0:
-        known = model.classifier.categories if model.classifier else pq.OBJECT
-        content = {"images": images, "annotations": annotations, "categories": known}
-        data.write_json(out / "predictions.json", content)
-    return broken
 
 
 # ------------------------------------------------------------------------------- command line
@@ -329,15 +301,8 @@ def sampling_parser(doc):
     add("--ckpt", help="of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
     add("--split", help="(default: the validation split that the checkpoint names)")
     add("--limit", type=data.positive, help="only the first so many images of the split")
-    add("--min_area", type=data.natural, help="segments under so many px of the image become void")
+    add("--min_area", type=data.natural, help="segments of fewer pixels become void")
     add("--votes", type=data.positive, default=1, help="sample so often (default %(default)s)")
-    add("--renoise", action=argparse.BooleanOptionalAction, help="new noise at each step")
-    add(
-        "--snap",
-        action=argparse.BooleanOptionalAction,
-        help="each estimate's likeliest ids, encoded",
-    )
-    add("--td", type=data.amount, help="step on by so many intervals more")
     add("--paper", action="store_true", help="the algorithm exactly as printed")
     add("--batch_size", type=data.positive, default=16, help="pictures or tiles at a time")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
@@ -345,24 +310,11 @@ def sampling_parser(doc):
     return parser
 
 
-def open_model(args, device):
-    """The checkpoint of the flags, with what they say of sampling applied to it. Raises BadInput."""
-    model = load(args.ckpt, device)
-    for name in ("min_area", "renoise", "snap", "td", "postprocess"):
-        if getattr(args, name, None) is not None:
-            model.settings[name] = getattr(args, name)
-    if args.paper:
-        model.settings |= dict(
-            snap=False, td=0.0, renoise=False, postprocess="paper", connected=False
-        )
-    return model
-
-
 def open_split(model, args):
-    """The held-out images of the flags, by default those that the checkpoint names. Raises BadInput."""
+    """The held-out images of the flags, else of the checkpoint. Raises BadInput."""
     s = model.settings
-    args.data, split = args.data or s["data"], args.split or s["val_split"]
-    source = data.open_data(args.data, split, s["size"], s["seed"], s["background"])
+    folder, split = args.data or s["data"], args.split or s["val_split"]
+    source = data.open_data(folder, split, s["size"], s["seed"])
     return ae.HeldOut(source, args.limit)
 
 
@@ -374,8 +326,6 @@ def flags():
     add("--steps", type=data.positive, nargs="+", help="sampling steps; several make a table")
     add("--seeds", type=data.natural, nargs="+", help="compare what these seeds give")
     add("--trajectory", action="store_true", help="draw the estimates of z^0 over the steps")
-    add("--postprocess", choices=["paper", "release"], help="supplement B, or the authors' rules")
-    add("--compile", action="store_true", help="the UNet by torch.compile (needs a C++ compiler)")
     return parser
 
 
@@ -383,78 +333,31 @@ def flags():
 def main(argv=None):
     """Command line: evaluate a split, or segment picture files."""
     args = flags().parse_args(argv)
-    files = find_images(args.images) if args.images else None
+    files = find_images(args.images) if args.images else {}
+    if world() > 1 and (files or args.seeds or args.trajectory):
+        raise BadInput("torchrun only evaluates: no --images, --seeds or --trajectory with it")
+    if args.seeds and (files or len(set(args.seeds)) < 2):
+        raise BadInput("--seeds: give two or more, and no --images")
     device = data.setup(args)
-    model = open_model(args, device)
-    if args.compile:
-        model.unet.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+    model = load(args.ckpt, device, args.paper, args.min_area)
+    # what compares no steps takes the last
     all_steps = args.steps or [model.settings["steps"]]
-    for args.steps in all_steps:
-        model.ddim.timesteps(args.steps)
-    if args.seeds and (files or len(set(args.seeds)) < 2 or world() > 1):
-        raise BadInput("--seeds: two or more, on a split, in one process")
+    args.steps = all_steps[-1]
     with data.autocast(args, device):
         if files:
-            return segment_files(model, files, args)
-        dataset = open_split(model, args)
-        if args.trajectory and rank() == 0:
-            first = list(itertools.islice(dataset, 4))
-            keys = [s["image_id"] for s in first]
-            draw_trajectory(model, [s["image"] for s in first], keys, args)
-        if args.seeds:
-            figures = compare_seeds(model, dataset, args)
+            figures = segment_files(model, files, args)
+            samples = ({"image_id": n, "image": data.read_image(f)} for n, f in files.items())
         else:
-            figures = compare_steps(model, dataset, all_steps, args)
+            samples = open_split(model, args)
+            if args.seeds:
+                figures = compare_seeds(model, samples, args)
+            else:
+                figures = compare_steps(model, samples, all_steps, args)
+        if args.trajectory:
+            draw_trajectory(model, list(itertools.islice(samples, 4)), args)
     if args.json and rank() == 0:
-        data.write_json(args.json, figures)
+        data.write(args.json, figures)
     data.leave()
-
-
-def segment_files(model, files, args):
-    """--images: segment them, and say how it went. Raises BadInput at the end if any is broken."""
-    began, broken = time.time(), predict_files(model, files, args)
-    done = len(files) - len(broken)
-    seconds = (time.time() - began) / max(done, 1)
-    if rank() == 0:
-        told = f"{done} of {len(files)} pictures segmented, {seconds:.2f} s each"
-        print(f"{told} -> {args.out}/predictions.json, {args.out}/overlays/")
-        if args.json:
-            data.write_json(args.json, {"images": done, "seconds_per_image": seconds})
-        if args.trajectory and done and not broken:
-            names = list(files)[:4]
-            draw_trajectory(model, [data.read_image(files[n]) for n in names], names, args)
-    data.leave()
-    if broken:
-        raise BadInput(f"{len(broken)} of {len(files)} pictures left out, the first: {broken[0]}")
-
-
-def compare_steps(model, dataset, all_steps, args):
-    """PQ, SQ, RQ and seconds by sampling steps: a table, a plot, pictures. Returns the figures."""
-    results, out = {}, Path(args.out)
-
-    def find(images, keys):
-        """Segments of one batch."""
-        return predict(model, images, keys, args)
-
-    for args.steps in all_steps:
-        began = time.time()
-        result, rows = diffusion.evaluate(model, dataset, find, args)
-        seconds = (time.time() - began) / len(dataset)
-        results[args.steps] = {**pq.percent(result), "seconds_per_image": seconds}
-        if rank() == 0:
-            if len(results) == 1:
-                print(
-                    f"{len(dataset)} images, seed {args.seed}\n"
-                    + pq.line(["steps", *result, "s/image"])
-                )
-            print(pq.line([args.steps, *pq.percent(result).values(), f"{seconds:.3f}"]), flush=True)
-    if rank() == 0:
-        data.picture(out / "sample.png", data.sheet(rows, diffusion.COLUMNS))
-        if len(results) > 1:
-            curves = {k: [(s, r[k] or 0) for s, r in results.items()] for k in ("pq", "sq", "rq")}
-            data.plot(out / "sample_steps.png", curves, "sampling steps", "percent")
-        print(f"-> {out / 'sample.png'}")
-    return {**results[args.steps], "images": len(dataset), "by_steps": results}
 
 
 if __name__ == "__main__":
