@@ -28,20 +28,16 @@ import pq
 from data import BadInput, rank, world
 
 # Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-MODELS = {
-    "sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16),
-    "small": dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32),
-}
+MODELS = {"sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16)}
 MODELS["sd"] |= dict(lr=1e-4, schedule="constant")
+MODELS["small"] = dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32)
 MODELS["small"] |= dict(lr=2e-3, schedule="cosine")
 ENCODINGS = ("bits", "rgb", "onehot", "positional")
 
+
 # ------------------------------------------------------------------------------------- the model
-
-
 def encode_ids(ids, num_ids, encoding="bits"):
     """Id map (B x H x W, integers 0..N-1) -> the network's input (B x C x H x W, -1..1).
-
     Section 3.1, "Encoding": bits (the paper's choice), RGB, one-hot, positional. Void is 0."""
     n, ids = num_ids.bit_length() - 1, ids.long()[:, None]  # B x 1 x H x W
     k = torch.arange(n, device=ids.device).view(n, 1, 1)
@@ -70,13 +66,11 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of B x C x H x W."""
 
     def forward(self, x):
-        """B x C x H x W -> B x C x H x W."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Autoencoder(nn.Module):
     """The shallow autoencoder ("Architectural Design"); 2.02 M parameters at the paper's setting.
-
     num_ids: N, a power of two up to 256; factor: f, 8 or 4; width: channels at the bottleneck."""
 
     def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, latent_channels=4):
@@ -91,8 +85,7 @@ class Autoencoder(nn.Module):
             down = conv3(c, 2 * c, stride=2)
             layers += [conv3(c, c), down, nn.SiLU()]
             c *= 2
-        layers += [conv3(c, c), nn.Identity()]
-        layers += [nn.GroupNorm(32, c, eps=1e-6), nn.SiLU()]
+        layers += [conv3(c, c), nn.Identity(), nn.GroupNorm(32, c, eps=1e-6), nn.SiLU()]
         self.encoder = nn.Sequential(*layers, conv3(c, 2 * latent_channels))
         layers = [conv3(latent_channels, c), nn.Identity()]
         for _ in range(2):
@@ -120,7 +113,6 @@ class Autoencoder(nn.Module):
 class SDAutoencoder(Autoencoder):
     """Stable Diffusion's VAE in its place (Table 1), 84 M parameters: ids go in and N logits come
     out through a new first and last layer, all others are the VAE's.
-
     vae: a diffusers AutoencoderKL, or the config of one, which tells f and the widths."""
 
     def __init__(self, vae, num_ids, encoding, **unused):
@@ -148,7 +140,6 @@ def vae_config(block_out_channels, **more):
 
 def load_sd(name, part):
     """Stable Diffusion's "unet" or "vae", of a hub id or folder; "none": 1.4's shapes, untrained.
-
     Raises BadInput."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -187,8 +178,6 @@ def load_autoencoder(path):
 
 
 # -------------------------------------------------------------- the losses, on points (PointRend)
-
-
 def sample_at(x, points, mode="bilinear"):
     """x (B x C x H x W) at points (B x P x 2, x and y in 0..1) -> B x C x P; zero outside."""
     return F.grid_sample(x.float(), 2 * points[:, None] - 1, mode, align_corners=False)[:, :, 0]
@@ -197,7 +186,6 @@ def sample_at(x, points, mode="bilinear"):
 def uncertain_points(logits, count):
     """PointRend's points: of 3 x count uniform ones the 75% x count least certain, where the two
     largest logits (B x C x h x w) are closest, and 25% x count uniform ones: B x count x 2 in 0..1.
-
     The logits are sampled first, then comes how certain they are: between a cell of logit +1 and
     one of -1 lies the boundary, at 0. A map of certainties made first has 1 on both sides, and
     sampling it misses the boundary."""
@@ -228,7 +216,6 @@ def draw_points(logits, ids, count):
 
 def segmentation_losses(logits, ids, ce_points, mask_points):
     """L_ce and L_mask of eq. 2 as sums, and the counts that they are to be divided by (2 floats).
-
     logits: B x N x h x w; ids: B x H x W; points: as from `draw_points`. L_ce is summed over the
     points that are not void, L_mask (BCE + Dice of a segment's mask) over the segments."""
     labels = sample_at(ids[:, None], ce_points, "nearest")[:, 0].long()  # B x P
@@ -249,8 +236,6 @@ def kl_loss(mean, logvar):
 
 
 # -------------------------------------------------------------------- from logits to a segmentation
-
-
 def resize(logits, height, width):
     """N x h x w -> N x height x width, bilinearly."""
     return F.interpolate(logits[None].float(), (height, width), mode="bilinear")[0]
@@ -272,7 +257,6 @@ def argmax(logits, height, width):
 
 def keep(ids, certainty, min_area=None, threshold=0.5):
     """Supplement B: pixels under the threshold and segments under min_area pixels become void.
-
     min_area: None is 512, or 1/512 of a picture smaller than the paper's 512 x 512."""
     if min_area is None:
         min_area = round(min(512, ids.size / 512))
@@ -283,7 +267,6 @@ def keep(ids, certainty, min_area=None, threshold=0.5):
 
 def connected(ids):
     """Make parts of a segment that do not touch segments of their own: H x W ids -> int32, 0: void.
-
     The largest stays whole: others may cut a background into pieces. Beyond the paper, for data
     whose objects are in one piece."""
     largest = np.bincount(ids[ids > 0], minlength=1).argmax()
@@ -297,13 +280,9 @@ def connected(ids):
 
 
 # ------------------------------------------------------------------------------------- evaluation
-
-
 class HeldOut:
     """This rank's share of the samples of a source as they are; broken ones are named and left out.
-
-    limit: only the first so many; crop: only one square of each picture. Iterating raises BadInput
-    if none can be used."""
+    limit: only so many; crop: a square of each. Iterating raises BadInput if none can be used."""
 
     def __init__(self, source, limit=None, crop=0):
         self.source, self.crop, self.indices = source, crop, range(len(source))[:limit]
@@ -327,10 +306,8 @@ class HeldOut:
 
 
 def evaluate(dataset, predict, batch_size):
-    """The figures of `pq.Score` in percent over all ranks' samples, and picture rows of the first.
-
-    dataset: a HeldOut; predict: samples -> of each its id map (H x W) and a list of pictures.
-    """
+    """Figures of `pq.Score` in percent over all ranks' samples of a HeldOut, picture rows of some.
+    predict: samples -> of each its id map (H x W) and a list of pictures."""
     score, rows, samples = pq.Score(), [], iter(dataset)
     while batch := list(itertools.islice(samples, batch_size)):
         for sample, (found, pictures) in zip(batch, predict(batch)):
@@ -358,8 +335,6 @@ def validate(model, dataset, args):
 
 
 # --------------------------------------------------------------------------------------- training
-
-
 def new_model(args):
     """The autoencoder of --ckpt, or untrained, or Stable Diffusion's. Raises BadInput."""
     shape = {k: getattr(args, k) for k in ("num_ids", "encoding", "factor", "width")}
@@ -397,7 +372,6 @@ def main(argv=None):
     """Command line: train and evaluate stage 1."""
     args = data.parse(flags(), MODELS, argv, "ae")
     device = data.setup(args)
-
     # data, model, optimiser: its weight decay is the penalty of eq. 2
     train_source, val_source = data.open_splits(args)
     stream = dict(seed=args.seed, images=False, crop=args.crop)
@@ -407,10 +381,11 @@ def main(argv=None):
     model = new_model(args).to(device, memory_format=torch.channels_last).train()
     ddp = DistributedDataParallel(model) if world() > 1 else model
     mixed = data.autocast(args, device)
-    settings = {k: getattr(args, k) for k in (*data.STORED, "arch")}
-    settings["autoencoder"] = model.settings
+    settings = {k: getattr(args, k) for k in (*data.STORED, "arch")} | {
+        "autoencoder": model.settings
+    }
     validation = functools.partial(validate, model, val_set, args)
-    run = data.Run("ae", args, model, [{"params": list(model.parameters())}], settings, validation)
+    run = data.Run("ae", args, model, model.parameters(), settings, validation)
     data.say_once(f"stage 1 on {device} in {args.precision}")
 
     # training: eq. 2

@@ -6,7 +6,6 @@
 
 A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void), `segments_info` (as
 COCO has it: id, category_id, iscrowd, area), `image_id`, `file_name`. What 0 means on the way:
-
     data         void: no segment, a crowd, or a segment of under 10 px
     stage 1      in: 0 in every channel; out: no loss there
     stage 2      no loss in a latent cell whose top left pixel is void
@@ -15,12 +14,10 @@ COCO has it: id, category_id, iscrowd, area), `image_id`, `file_name`. What 0 me
     inpainting   unknown: to be filled in
 
 Everything random has a stream of its own, so that each part repeats whatever the others do:
-
     scene (seed, crc32 of the split, index)     order of an epoch (seed, 1, epoch)
     training sample n (seed, 2, n)              ids in an evaluation (seed, 3, image_id)
-    dropped blocks (seed, 4, image_id)          noise to sample from: sha256 of seed and image_id
-    an iteration's points, noise, timesteps: torch.manual_seed of (seed, iteration, rank); new
-    weights: of seed
+    dropped blocks (seed, 4, image_id)          noise to sample from: crc32 of seed and image_id
+    points, noise, timesteps: torch.manual_seed of (seed, iteration, rank); new weights: of seed
 """
 
 import argparse
@@ -130,9 +127,8 @@ class Shapes:
             categories.append(kind + 1)
         image += rng.standard_normal(image.shape, np.float32) * rng.uniform(0, 0.05)
         segments = [s | {"category_id": c} for s, c in zip(describe(ids), categories)]
-        sample = {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids}
-        sample |= {"segments_info": segments, "image_id": index, "file_name": f"{index:06d}.png"}
-        return sample
+        sample = {"image_id": index, "file_name": f"{index:06d}.png", "segments_info": segments}
+        return sample | {"image": (image.clip(0, 1) * 255).astype(np.uint8), "ids": ids}
 
 
 # ---------------------------------------------------------------------- reading pictures and JSON
@@ -236,7 +232,7 @@ def files_by_name(*folders):
 
 def find_file(name, folders, where):
     """A file that a JSON names: where its path leads from a folder, else the only one of its bare
-    name below the first two. Raises BadInput if there is none, or several."""
+    name below the first two. Raises BadInput."""
     path = PureWindowsPath(str(name))  # separated by / or \
     for folder in folders:
         file = folder / path.as_posix()  # isfile: False for a name that no file can have
@@ -251,8 +247,7 @@ def find_file(name, folders, where):
 
 
 def rle_counts(text):
-    """Run lengths in COCO's text (bytes): 5 bits a character, low ones first; from the fourth on
-    less the last but one."""
+    """Run lengths in COCO's text (bytes): 5 bits a character; from the fourth on differences."""
     counts, value, shift = [], 0, 0
     for digit in text:
         digit -= 48
@@ -266,8 +261,7 @@ def rle_counts(text):
 
 
 def outline_runs(outline, height, width):
-    """COCO's polygons or RLE -> run lengths, by columns: outside, inside, outside, ... Fails in any
-    way where it can't be used: under three points, runs that don't add up."""
+    """COCO's polygons or RLE -> run lengths by columns, outside first; fails if it is unusable."""
     if isinstance(outline, list):
         polygons = outline if isinstance(outline[0], list) else [outline]
         polygons = [p for p in polygons if len(p) >= 6]
@@ -295,10 +289,8 @@ def read_panoptic(name, segments, folders, where):
 
 class Folder:
     """A folder in COCO layout, whichever JSON is there:
-
     panoptic     annotations/panoptic_SPLIT.json, [annotations/]panoptic_SPLIT/*.png
     instances    annotations/instances_SPLIT.json; what is no instance is one background segment
-
     with pictures in SPLIT/, images/SPLIT/ or where the JSON says. Raises BadInput."""
 
     def __init__(self, folder, split):
@@ -352,8 +344,7 @@ class Folder:
         return sample
 
     def paint(self, objects, width, height):
-        """Ids, segments_info and the objects left out, of an image in the instances layout: painted
-        from large to small, so that small ones lie on top; crowds beneath all."""
+        """Ids, segments_info, objects left out: from large to small, crowds beneath all."""
         layers, left_out = [], []
         for o in objects:
             try:
@@ -374,17 +365,13 @@ class Folder:
 
 
 def open_data(name, split, size=64, seed=0):
-    """`shapes` (of this size) or a folder in COCO layout -> an indexable source of samples, with
-    `categories`. Raises BadInput."""
+    """`shapes` (of this size) or a folder -> samples by index, `categories`. Raises BadInput."""
     return Shapes(split, size, seed) if name == "shapes" else Folder(name, split)
 
 
 # --------------------------------------------------------------- what the network is given (4.1)
-
-
 def runs(ids):
-    """An id map as runs of equal ids, which are fewer than pixels: the ids that occur, each run's
-    place among them, and its length."""
+    """Runs of equal ids, fewer than pixels: the ids that occur, each run's place there, length."""
     flat = ids.reshape(-1)  # HW
     start = np.append(0, 1 + np.flatnonzero(flat[1:] != flat[:-1]))
     known, place = np.unique(flat[start], return_inverse=True)
@@ -449,8 +436,7 @@ def drop_blocks(size, drop, block, rng):
 
 
 def partial_map(ids, rng):
-    """A part of an id map (S x S, 0 = unknown), as a user may give it: blocks of any size, or a
-    click or a stroke on some of the segments."""
+    """A part of an id map (S x S, 0 = unknown): blocks, or a click or a stroke on some segments."""
     if rng.random() < 0.5:
         drop, block = 1 - rng.random() ** 1.5, 2 ** int(rng.integers(5))
         return np.where(drop_blocks(len(ids), drop, block, rng), ids, 0).astype(np.uint8)
@@ -495,8 +481,7 @@ class Training:
     given: float = 0.0  # share of samples with a partial map
 
     def read(self, n):
-        """The n-th sample of the source, each epoch in an order of its own; in place of one that
-        can't be read the next. Raises BadInput if none can be."""
+        """The n-th sample of the stream, in place of a broken one the next. Raises BadInput."""
         if isinstance(self.source, Shapes):
             return self.source[n]
         epoch, n = divmod(n, len(self.source))
@@ -529,8 +514,7 @@ class Training:
         ids, image = layers[0].copy(), layers[1:]
         if self.augment and self.images:
             image = recolor(image, self.augment, rng)
-        told = rng.random() < self.given
-        given = partial_map(ids, rng) if told else np.zeros_like(ids)
+        given = partial_map(ids, rng) if rng.random() < self.given else np.zeros_like(ids)
         classes = np.full(self.num_ids, -1)
         place = {c["id"]: k for k, c in enumerate(self.source.categories)}  # of each category
         for s in segments:
@@ -540,8 +524,7 @@ class Training:
 
 
 def training_batches(dataset, iterations, batch_size, pieces=1, num_workers=0):
-    """The batches of a range of iterations: of each this rank's share of batch_size in `pieces`.
-    Any number of processes trains alike. Raises BadInput."""
+    """Batches of iterations: this rank's share in `pieces`, alike on any ranks. Raises BadInput."""
     share, rest = divmod(batch_size, world() * pieces)
     if rest:
         raise BadInput(f"--batch_size {batch_size}: give a multiple of {world()} x {pieces} pieces")
@@ -553,16 +536,14 @@ def training_batches(dataset, iterations, batch_size, pieces=1, num_workers=0):
 
 # ==================================================================== what all scripts share
 # ------------------------------------------------------------------------------------- flags
-
-
 def number(kind, low, high=2**32 - 1):
     """An argparse type: int or float in low..high."""
 
     def number_in_range(text):
         value = kind(text)  # argparse says what is wrong with the text
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be in {low}..{high}, not {text}")
-        return value
+        if low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"must be in {low}..{high}, not {text}")
 
     return number_in_range
 
@@ -657,8 +638,6 @@ def command(main):
 
 
 # ---------------------------------------------------------------------- processes, device, seeds
-
-
 def rank():
     """Number of this process under torchrun; 0 is the one that prints and writes."""
     return int(os.environ.get("RANK", 0))
@@ -721,8 +700,6 @@ def autocast(args, device):
 
 
 # --------------------------------------------------------------------- checkpoints and trainings
-
-
 def write(path, content):
     """Write a PIL image as PNG, a checkpoint (*.pt), or JSON, on rank 0: beside `path`, then in its
     place, so that nobody sees half a file. Raises BadInput."""
@@ -779,7 +756,7 @@ class Run:
     stage: str
     args: argparse.Namespace
     model: torch.nn.Module
-    groups: list  # AdamW's parameter groups
+    groups: object  # AdamW's parameters, or groups of them
     settings: dict  # what STAGE.pt keeps
     validate: object  # a function that gives figures in percent and rows of pictures
     result: tuple = None  # what it gave last
@@ -808,9 +785,8 @@ class Run:
 
     def iterations(self):
         """The iterations that are left. All that one draws follows from (seed, iteration, rank)."""
-        so_far = {"initial": self.left.start, "total": self.args.iters}
-        images = {"unit": "image", "unit_scale": self.args.batch_size}
-        self.bar = tqdm(self.left, **so_far, **images, disable=rank() > 0)
+        told = {"initial": self.left.start, "total": self.args.iters, "disable": rank() > 0}
+        self.bar = tqdm(self.left, unit="image", unit_scale=self.args.batch_size, **told)
         for it in self.bar:
             torch.manual_seed(((self.args.seed * 1_000_003 + it) * 4096 + rank()) % 2**63)
             yield it
@@ -832,7 +808,6 @@ class Run:
         if self.average:
             share = 1 - min(args.ema, done / (it + 10))  # early on a shorter average
             torch._foreach_lerp_(self.average, [p.data for p in self.weights], share)
-
         if done % 20 == 0 or last:
             self.bar.set_postfix(loss=loss.item())
             self.log(done, loss=loss.item(), grad_norm=norm.item(), lr=rate)
@@ -926,7 +901,7 @@ def plot(path, curves, xlabel, ylabel):
     draw = ImageDraw.Draw(page)
     draw.rectangle([30, 20, 530, 310], outline="#bbbbbb")
     ranges = [f"{name} {a:.4g} .. {b:.4g}" for name, a, b in zip((xlabel, ylabel), low, high)]
-    draw.text((30, 322), f"across: {ranges[0]}, up: {ranges[1]}", "black")
+    draw.text((30, 322), ", ".join(ranges), "black")  # across, up
     for k, (label, curve) in enumerate(curves.items()):
         color = tuple(PALETTE[k + 1])
         place = (np.array(curve) - low) / np.maximum(high - low, 1e-9)  # P x 2, 0..1
@@ -940,14 +915,13 @@ def faults(source):
     for index in tqdm(range(len(source)), unit="image"):
         try:
             sample = source[index]
+            for i in sample.get("left_out", ()):
+                yield f"{sample['file_name']}: object {i} has no usable outline"
+            for s in sample["segments_info"]:
+                if not s["area"]:
+                    yield f"{sample['file_name']}: segment {s['id']} has no pixel"
         except BadInput as error:
             yield str(error)
-            continue
-        for i in sample.get("left_out", ()):
-            yield f"{sample['file_name']}: object {i} has no usable outline"
-        for s in sample["segments_info"]:
-            if not s["area"]:
-                yield f"{sample['file_name']}: segment {s['id']} has no pixel"
 
 
 @command

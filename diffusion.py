@@ -19,7 +19,6 @@ given, but for `connected` on data of instances.
 import fnmatch
 import itertools
 import zlib
-from pathlib import Path
 
 import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
@@ -50,14 +49,11 @@ SETTINGS |= dict(latent_scale=SD_SCALE, beta_start=0.00085, beta_end=0.012, step
 SETTINGS |= dict(distill=0, given=0.0, postprocess="paper", connected=False, min_area=None)
 COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
 
+
 # ------------------------------------------------------------------------------ the DDIM scheduler
-
-
 class DDIM:
     """Noise schedule and deterministic sampler (Song et al. 2021; eq. 3 and 5), Stable Diffusion's.
-
-    prediction: what the network's output estimates, "epsilon" (the paper), "sample" (z^0) or "v".
-    """
+    prediction: what the network estimates, "epsilon" (the paper), "sample" (z^0) or "v"."""
 
     def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012):
         self.prediction, self.T = prediction, 1000
@@ -110,11 +106,8 @@ class DDIM:
 
 
 # ------------------------------------------------------------------------------------ the networks
-
-
 class Pixels(nn.PixelUnshuffle):
     """Image latent without a network (--model small): f x f pixels become 3 f^2 channels.
-
     B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
 
     def __init__(self, factor):
@@ -124,7 +117,6 @@ class Pixels(nn.PixelUnshuffle):
 
 class SDEncoder(nn.Module):
     """Image latent from Stable Diffusion's VAE: the mode of its Gaussian, times 0.18215.
-
     config: an AutoencoderKL's; or vae: one with its weights."""
 
     def __init__(self, scale=SD_SCALE, vae=None, **config):
@@ -152,16 +144,11 @@ def build_unet(config):
 def small_unet_config(in_channels, latent_size, channels=48):
     """The same class with few channels; attention at every resolution of at most 1,024 cells."""
     kinds = ["CrossAttn" * ((latent_size >> i) ** 2 <= 1024) for i in range(3)]
-    return dict(
-        in_channels=in_channels,
-        block_out_channels=[channels, 2 * channels, 2 * channels],
-        layers_per_block=1,
-        attention_head_dim=4,  # four heads: diffusers counts heads here
-        cross_attention_dim=8,
-        norm_num_groups=16,
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-    )
+    config = dict(in_channels=in_channels, layers_per_block=1, norm_num_groups=16)
+    config["block_out_channels"] = [channels, 2 * channels, 2 * channels]
+    config |= dict(attention_head_dim=4, cross_attention_dim=8)  # diffusers counts heads: four
+    config["down_block_types"] = [f"{kind}DownBlock2D" for kind in kinds]
+    return config | {"up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)]}
 
 
 def grow_conv_in(unet, in_channels):
@@ -177,7 +164,6 @@ def grow_conv_in(unet, in_channels):
 
 class LDM(nn.Module):
     """The whole model: `forward` is the training loss (Algorithm 1), `sample` makes masks (2).
-
     autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a
     checkpoint keeps. classifier: None, or what labels the masks (Table 2)."""
 
@@ -246,7 +232,6 @@ class LDM(nn.Module):
 
     def forward(self, batch, eps, j, loss_weights, conditioned):
         """Algorithm 1: the loss of eq. 4, the mean over all cells.
-
         batch: ids (B x S x S), image (B x 3 x S x S, uint8), given (B x S x S, > 0: id told);
         eps: B x 4 x h x w; j: B timesteps; loss_weights: T; conditioned: B, bool, which samples get
         the estimate of a first pass (the authors: all; Analog Bits: half)."""
@@ -266,7 +251,6 @@ class LDM(nn.Module):
 
     def first_estimate(self, zj, image_latent, j, given, conditioned):
         """Self-conditioning: z^0 from a first pass for the samples that are `conditioned`, else 0.
-
         Beyond the paper, what is given (B x S x S) stands in it, as `inpaint.complete` does it."""
         known, cells = self.known(given)
         self_cond, i = cells * known, conditioned.nonzero()[:, 0]
@@ -281,7 +265,6 @@ class LDM(nn.Module):
     @torch.no_grad()
     def sample(self, image_latent, noise, steps, trace=None):
         """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a segmentation.
-
         trace: a list that receives the estimate of z^0 after each step."""
         z, self_cond = noise, torch.zeros_like(noise)
         for j, j_prev in self.schedule(steps):
@@ -326,8 +309,6 @@ class LDM(nn.Module):
 
 
 # --------------------------------------- beyond the paper: one pass, by ids that the noise chooses
-
-
 def rename(ids, other, reserved=()):
     """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
     one, largest overlap first; the rest keep their ids, or get unused ones, none of `reserved`."""
@@ -348,7 +329,6 @@ def rename(ids, other, reserved=()):
 def noise_chooses(model, ids, image_latent, noise, passes):
     """`--distill` and completion: rename the ids of maps (B x S x S) after what the model makes of
     this noise (B x 4 x h x w).
-
     From pure noise the best estimate of z^0 is a mean over all numberings of the segments, for ids
     are random: one pass shows a blur. So let the noise choose: each segment gets the id that it has
     in the model's own sample from this noise, one to one, by overlap."""
@@ -358,8 +338,6 @@ def noise_chooses(model, ids, image_latent, noise, passes):
 
 
 # -------------------------------------------------------------- a classifier of the masks (Table 2)
-
-
 def segment_means(x, ids, count):
     """Means of x (B x C x h x w) over each id 0..count-1 of ids (B x H x W) -> B x count x C, 0
     where an id is absent. A cell counts by the share of its pixels that have the id."""
@@ -375,7 +353,6 @@ def segment_means(x, ids, count):
 class Classifier(nn.Module):
     """Labels proposals (4.2, Table 2): DeepLabv3's head gives class logits of the image, their mean
     over a proposal labels it. `forward` is the training loss.
-
     categories: list of {id, name, isthing}; model: "sd" has a ResNet-50, "small" four layers."""
 
     def __init__(self, categories, model, pretrained=False):
@@ -400,7 +377,6 @@ class Classifier(nn.Module):
 
     def forward(self, batch, *noise):
         """Cross-entropy of the segments' mean logits: mean over an image's segments, then images.
-
         noise: what `LDM.forward` takes too, of no use here."""
         classes = batch["classes"]  # B x N, the class of each id, -1 = none
         means = segment_means(self.logits(batch["image"]), batch["ids"].long(), classes.shape[1])
@@ -408,9 +384,8 @@ class Classifier(nn.Module):
         return (loss.sum(1) / (classes >= 0).sum(1).clamp(min=1)).mean()
 
     def label(self, logits, ids, merge=True):
-        """Class logits (C x h x w) and ids (H x W) of an image -> ids, segments_info with
-        categories and scores. merge: proposals of one stuff category are one segment, as in COCO.
-        """
+        """Class logits (C x h x w) and ids (H x W) -> ids, segments_info with category_id, score.
+        merge: proposals of one stuff category are one segment, as in COCO."""
         known, place = np.unique(ids, return_inverse=True)
         place = place.reshape(ids.shape)
         y = torch.from_numpy(place).to(logits.device)
@@ -428,11 +403,9 @@ class Classifier(nn.Module):
 # ----------------------------------------------------------------------------------- checkpoints
 
 # Settings of the authors' files that change what the network computes, and what works here.
-RELEASE = dict.fromkeys(
-    "clip_sample thresholding set_alpha_to_one clamp_output fuse_rgb resize_input skip_encoder "
-    "shared_vae_encoder separate_conv separate_encoder add_adaptor".split(),
-    False,
-)
+OFF = "clip_sample thresholding set_alpha_to_one clamp_output fuse_rgb resize_input skip_encoder"
+OFF += " shared_vae_encoder separate_conv separate_encoder add_adaptor"
+RELEASE = dict.fromkeys(OFF.split(), False)
 RELEASE |= dict(beta_schedule="scaled_linear", num_train_timesteps=1000, act_fn="none")
 RELEASE |= dict(num_upscalers=2, num_mid_blocks=0, parametrization="gaussian", fill_value=0.5)
 RELEASE |= dict(image_descriptors="remove", backbone="unet", encoding_mode="bits")
@@ -449,7 +422,6 @@ def from_release(content, path):
     for key, works in RELEASE.items():
         if told.get(key, works) != works:
             raise BadInput(f"{path}: its setting {key} is {told[key]!r}; {works!r} works here")
-
     names = {"autoencoder": "vae_semseg", "image_encoder": "vae_image", "unet": "unet"}
     # conv_in's once more, and the half of the VAE that makes pictures
     unused = ("unet.new_conv.", "image_encoder.post_quant_conv.")
@@ -462,7 +434,6 @@ def from_release(content, path):
             key = ".".join([part, *words])
             if not key.startswith(unused):
                 weights[key] = value
-
     shapes = []
     for side in ("unet", "image_encoder.encoder"):
         convs = fnmatch.filter(weights, f"{side}.down_blocks.*.resnets.*.conv1.weight")
@@ -471,13 +442,11 @@ def from_release(content, path):
         shapes.append(dict(block_out_channels=widths, layers_per_block=layers))
     unet, vae = shapes
     unet["in_channels"] = weights["unet.conv_in.weight"].shape[1]
-    settings = dict(
-        postprocess="release",
-        latent_scale=told.get("scaling_factor", SD_SCALE),
-        autoencoder=ae.release_shape(content["vae_semseg"]),
-        image_encoder=ae.vae_config(**vae, scale=told.get("image_scaling_factor", SD_SCALE)),
-        unet=unet,
-    )
+    settings = {"postprocess": "release", "unet": unet}
+    settings["autoencoder"] = ae.release_shape(content["vae_semseg"])
+    settings["latent_scale"] = told.get("scaling_factor", SD_SCALE)
+    vae["scale"] = told.get("image_scaling_factor", SD_SCALE)
+    settings["image_encoder"] = ae.vae_config(**vae)
     settings |= {k: told[k] for k in ("size", "beta_start", "beta_end") if k in told}
     return {"settings": settings, "weights": weights}
 
@@ -499,12 +468,9 @@ def load_ldm(path):
 
 
 # ------------------------------------------------------------------------- sampling and evaluation
-
-
 def segments(model, logits, height, width):
     """Logits (N x h x w) of an image -> ids (height x width, int32, 0 = void) and their certainty,
     before the threshold and the least area.
-
     The authors' evaluation goes through the training size, and voids segments that hold less than
     half of the pixels where their own sigmoid is over 0.5."""
     if release := model.settings["postprocess"] == "release":
@@ -520,9 +486,7 @@ def segments(model, logits, height, width):
 @torch.no_grad()
 def predict(model, images, keys, args):
     """Algorithm 2 on a list of images (H x W x 3, uint8): of each its ids and their certainty.
-
-    keys: what the noise of each belongs to, with args.seed: the same mask in any batch; args: also
-    steps."""
+    keys: what the noise of each belongs to, with args.seed. The same mask in any batch."""
     image_latent = model.encode_pictures(images)  # B x c x h x w
     noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
     logits = model.decode(model.sample(image_latent, noise, args.steps))  # B x N x 4h x 4w
@@ -531,7 +495,6 @@ def predict(model, images, keys, args):
 
 def evaluate(model, dataset, find, args):
     """`ae.evaluate` of what `find` gives, which is called like `predict`.
-
     With a classifier of these categories also PQ over them: pq_classes, pq_things, pq_stuff."""
     categories = dataset.source.categories
     labels = model.settings.get("categories") == categories
@@ -556,30 +519,24 @@ def evaluate(model, dataset, find, args):
 
 
 # --------------------------------------------------------------------------------------- training
-
-
-def new_model(args, autoencoder):
+def new_model(args):
     """The model that a training starts from. Raises BadInput."""
+    autoencoder = ae.load_autoencoder(args.ae or f"{args.out}/ae.pt")
     sd, factor = args.model == "sd", autoencoder.factor
     image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae")) if sd else Pixels(factor)
     if image_encoder.factor != factor:
         raise BadInput(f"--ae: its factor is not {image_encoder.factor}: train one with --factor")
     channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
-    if sd:
-        unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels)
-    else:
-        unet = build_unet(small_unet_config(channels, args.size // factor))
+    small = small_unet_config(channels, args.size // factor)
+    unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels) if sd else build_unet(small)
     settings = {k: getattr(args, k) for k in ("prediction", "latent_scale", "steps")}
     return LDM(autoencoder, image_encoder, unet, settings)
 
 
 def start_model(args, source):
     """The model that a training goes on with: of --resume, of --ckpt or new. Raises BadInput."""
-    out = Path(args.out)
-    if args.resume or args.ckpt:
-        model = load_ldm(out / "ldm.pt" if args.resume else args.ckpt)
-    else:
-        model = new_model(args, ae.load_autoencoder(args.ae or out / "ae.pt"))
+    path = f"{args.out}/ldm.pt" if args.resume else args.ckpt
+    model = load_ldm(path) if path else new_model(args)
     if args.size % (4 * model.autoencoder.factor):
         raise BadInput(f"--size {args.size}: must be a multiple of {4 * model.autoencoder.factor}")
     model.begin_training(args, source)
@@ -618,7 +575,6 @@ def main(argv=None):
     """Command line: train and evaluate stage 2."""
     args = data.parse(flags(), MODELS, argv, "ldm")
     device = data.setup(args)
-
     # data, model, optimiser
     train_source, val_source = data.open_splits(args)
     model = start_model(args, train_source).to(device, memory_format=torch.channels_last)

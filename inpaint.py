@@ -34,7 +34,6 @@ from data import BadInput, world
 @torch.no_grad()
 def inpaint(model, image_latent, known, M, noise, steps):
     """Algorithm 3: sample the latent while given cells are held at their (noised) known value.
-
     known: B x 4 x h x w; M: B x 1 x h x w, 1 = given; noise: two of B x 4 x h x w, where sampling
     begins and what the given cells are noised with."""
     (z, eps0), self_cond = noise, torch.zeros_like(known)
@@ -42,21 +41,18 @@ def inpaint(model, image_latent, known, M, noise, steps):
         z = M * model.ddim.add_noise(known, eps0, j) + (1 - M) * z  # given cells: noised to j
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
-        z0 = M * known + (1 - M) * z0
-        self_cond = z0
+        z0 = self_cond = M * known + (1 - M) * z0
         z = model.ddim.step(z, z0, j, j_prev)  # eq. 5
     return z0
 
 
 @torch.no_grad()
 def complete(model, image_latent, given, M, noise, steps):
-    """What is done by default, beyond the paper: B x 4 x h x w, from given ids (B x S x S).
-
-    Which segment gets which id is decided by the noise, where held cells say almost nothing. So the
-    given ids are first renamed after what the model makes of this noise by itself: names that the
-    noise agrees with. Then Algorithm 3, but the given part is told to the network from the start,
-    where it looks for its last estimate (trained by diffusion.py --given), and pasted into each
-    estimate's pixels. M, noise: as in `inpaint`, but the same noise for all."""
+    """The default, beyond the paper: B x 4 x h x w, from given ids (B x S x S).
+    They are first renamed after what the model makes of this noise by itself. Then Algorithm 3, but
+    the given part is told to the network from the start, where it looks for its last estimate
+    (trained by diffusion.py --given), and pasted into each estimate's pixels. M, noise: as in
+    `inpaint`, but the same noise for all."""
     given = diffusion.noise_chooses(model, given, image_latent, noise, steps)  # B x S x S
     known, cells = model.known(given)  # cells: those with any given pixel
     z, self_cond = noise, cells * known
@@ -65,15 +61,15 @@ def complete(model, image_latent, given, M, noise, steps):
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
         if j_prev >= 0:
-            z0 = model.encode(model.likeliest(z0, given))
+            z0 = model.encode(model.likeliest(z0, given))  # given pixels pasted
         z = model.ddim.step(z, z0, j, j_prev)
         self_cond = torch.where(cells, known, z0)
     return z0
 
 
 def renamed(ids, given):
-    """An id map (H x W) whose segments get the given id (0 = unknown) that they cover most, one to
-    one; given pixels are pasted."""
+    """Segments (H x W) get the given id (0 = unknown) that they cover most, one to one; given
+    pixels are pasted."""
     return np.where(given > 0, given, diffusion.rename(ids, given, np.unique(given).tolist()))
 
 
@@ -83,13 +79,12 @@ def complete_tiles(model, tiles, keys, args):
     images, size = [tile[..., :3].astype(np.uint8) for tile in tiles], model.settings["size"]
     num_ids, factor = model.autoencoder.num_ids, model.autoencoder.factor
     partial = []  # of each a map in random ids 1..N-1, as in training, and {id: random id}
-    for y in [tile[..., 3] for tile in tiles]:
-        segments, rng = data.describe(y), np.random.default_rng(args.seed)
-        partial.append(data.relabel(y, segments, num_ids, rng))
+    for tile in tiles:
+        y, rng = tile[..., 3], np.random.default_rng(args.seed)
+        partial.append(data.relabel(y, data.describe(y), num_ids, rng))
     image_latent = model.encode_pictures(images)  # B x c x h x w
     given = np.stack([data.resize_ids(y, size, size) for y, _ in partial])
     given = torch.from_numpy(given).to(image_latent.device)  # B x S x S
-    # a cell counts as given if at least half of its pixels are
     M = (F.avg_pool2d((given > 0).float()[:, None], factor) >= 0.5).float()  # B x 1 x h x w
     noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
     if args.paper:
@@ -98,10 +93,10 @@ def complete_tiles(model, tiles, keys, args):
     else:
         z0 = complete(model, image_latent, given, M, noise, args.steps)
     found = []
-    # by Algorithm 3 what is given keeps its random id; `complete` left that to the noise
     for logits, (y, new_id) in zip(model.decode(z0), partial):
         ids, certainty = diffusion.segments(model, logits, *y.shape)
-        ids = ids if args.paper else renamed(ids, y)
+        if not args.paper:  # `complete` left the names to the noise
+            ids = renamed(ids, y)
         names = data.MAX_ID + np.arange(max(ids.max() + 1, num_ids))
         names[list(new_id.values())] = list(new_id)
         names[0] = 0  # also of what was too much for the model
@@ -127,9 +122,8 @@ def complete_batch(model, images, partial, keys, args):
 
 
 def part_of(sample_, stuff, settings, args):
-    """Part of a sample's id map (H x W, 0 = unknown): a click on each thing, or blocks.
-
-    stuff: category ids; settings: the model's."""
+    """Part of a sample's id map (H x W, 0 = unknown): a click on each thing (whose category is not
+    in `stuff`), or blocks. settings: the model's."""
     segments = sample_["segments_info"]
     unused = [s["id"] for s in segments if s["iscrowd"] or args.click and s["category_id"] in stuff]
     ids = np.where(np.isin(sample_["ids"], unused), 0, sample_["ids"])
@@ -153,32 +147,30 @@ def evaluate(model, dataset, args):
     """Drop and complete a held-out set: a table, pictures. Returns, in percent, PQ and id_accuracy
     (the share of the unknown pixels of given segments that get the right id) of the completion, of
     a sample that is renamed after what is given, and of the input as it is."""
-    scores = {name: pq.Score() for name in ("completion", "renamed", "input")}
-    right, unknown = dict.fromkeys(scores, 0), 0
+    scores, counts = {name: pq.Score() for name in ("completion", "renamed", "input")}, []
     stuff = [c["id"] for c in dataset.source.categories if not c["isthing"]]
 
     def complete_samples(samples):
-        nonlocal unknown
         images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
         partial = [part_of(s, stuff, model.settings, args) for s in samples]
         completed = complete_batch(model, images, partial, keys, args)
-        sampled = sample.predict(model, images, keys, args)
-        for s, y, done, one in zip(samples, partial, completed, sampled):
-            named = renamed(ae.keep(*one, model.settings["min_area"]), y)
+        sampled = sample.find(model, images, keys, args)
+        for s, y, done, other in zip(samples, partial, completed, sampled):
             # pixels that were not given, of segments that were
             to_find = (y == 0) & np.isin(s["ids"], y[y > 0])
-            unknown += to_find.sum()
-            for name, ids in zip(scores, (done, named, y)):
-                right[name] += (ids == s["ids"])[to_find].sum()
-                scores[name].update(s, ids)
+            maps = done, renamed(other, y), y
+            counts.append([(ids == s["ids"])[to_find].sum() for ids in maps] + [to_find.sum()])
+            for score, ids in zip(scores.values(), maps):
+                score.update(s, ids)
             yield done, [data.colorize(ids) for ids in (y, done, s["ids"])]
 
     _, rows = ae.evaluate(dataset, complete_samples, args.batch_size)
-    figures = {name: pq.percent(score.result()) for name, score in scores.items()}
-    for name, row in figures.items():
-        row["id_accuracy"] = 100 * float(right[name]) / max(int(unknown), 1)
-    what = f"click {args.click}" if args.click else f"drop {args.drop} block {args.block}"
-    print(pq.line([what, *row], 12))
+    *right, unknown = np.sum(counts, 0).tolist()  # over all images
+    figures, what = {}, f"drop {args.drop} block {args.block}"
+    for (name, score), pixels in zip(scores.items(), right):
+        figures[name] = pq.percent(score.result())
+        figures[name]["id_accuracy"] = 100 * pixels / max(unknown, 1)
+    print(pq.line([f"click {args.click}" if args.click else what, *figures["input"]], 12))
     for name, row in figures.items():
         print(pq.line([name, *row.values()], 12), flush=True)
     page = data.sheet(rows, ["image", "given", "completion", "truth"])
@@ -206,7 +198,7 @@ def complete_file(model, args):
     if given.shape != image.shape[:2]:
         size = f"{image.shape[1]} x {image.shape[0]}"
         raise BadInput(f"--mask {args.mask}: must have the image's size, {size}")
-    if given.max() > data.MAX_ID - (1 << 16):
+    if given.max() > data.MAX_ID - (1 << 16):  # what is added gets ids above
         raise BadInput(f"--mask {args.mask}: id {given.max()} leaves no room: count from 1")
     stem = Path(args.out, Path(args.image).stem)
     [ids] = complete_batch(model, [image], [given], [stem.name], args)

@@ -18,19 +18,17 @@ import numpy as np
 import data
 from data import BadInput
 
-OBJECT = [{"id": 1, "name": "object", "isthing": 1}]
+OBJECT = [{"id": 1, "name": "object", "isthing": 1}]  # class-agnostic: the one category
 NAMES = ("pq", "sq", "rq")
 
 
 def overlaps(a, b):
-    """Which pairs of ids of two maps of one shape share pixels: id of a, id of b, pixels (P each).
-
-    Looks up runs of equal pairs, not pixels: they are few. Memory is that of the runs."""
-    a, b = a.reshape(-1), b.reshape(-1)
-    change = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
-    start = np.concatenate([[0], 1 + np.flatnonzero(change)])
-    pair = a[start].astype(np.int64) << 32 | b[start]
-    pair, place = np.unique(pair, return_inverse=True)
+    """Which ids of two maps of one shape share pixels: id of a, id of b, pixels (P each)."""
+    a, b = a.reshape(-1), b.reshape(-1)  # H*W each
+    change = np.ones(a.size, bool)
+    change[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
+    start = np.flatnonzero(change)  # of runs of equal pairs, far fewer than pixels
+    pair, place = np.unique(a[start].astype(np.int64) << 32 | b[start], return_inverse=True)
     return pair >> 32, pair & 0xFFFFFFFF, np.bincount(place, np.diff(start, append=a.size))
 
 
@@ -41,9 +39,8 @@ def places(ids, segments):
 
 
 class PanopticQuality:
-    """Accumulates matches over images, and in `result` over processes.
-
-    categories: COCO's list of {id, isthing}; None is class-agnostic."""
+    """Accumulates matches over images, and in `result` over processes. categories: COCO's list of
+    {id, isthing}; None is class-agnostic."""
 
     def __init__(self, categories=None):
         self.agnostic = categories is None
@@ -66,24 +63,22 @@ class PanopticQuality:
             raise BadInput(f"{what}: the prediction is {pred.shape} pixels, the truth {gt.shape}")
         gt_row, pred_row = self.rows(-1, gt_segments, what), self.rows(-2, pred_segments, what)
         crowd = np.array([False, *(bool(s.get("iscrowd")) for s in gt_segments)])
-        g, p, n = overlaps(gt, pred)
+        g, p, n = overlaps(gt, pred)  # P each, here and below
         g, p = places(g, gt_segments), places(p, pred_segments)
         gt_area, pred_area = np.bincount(g, n, len(gt_row)), np.bincount(p, n, len(pred_row))
-        void = np.bincount(p[g == 0], n[g == 0], len(pred_row))
+        void = np.bincount(p[g == 0], n[g == 0], len(pred_row))  # pixels that count for nothing
         same = gt_row[g] == pred_row[p]  # never void, whose rows differ
         g, p, n = g[same], p[same], n[same]
-
-        # A prediction that lies mostly on void or on a crowd of its category is not counted. With
-        # categories the panoptic API knows the last crowd of each only.
+        # A prediction mostly on void or on a crowd of its category is not counted; with categories
+        # the panoptic API knows the last crowd of each only
         crowds = {i if self.agnostic else gt_row[i]: i for i in np.flatnonzero(crowd)}
         on_crowd = np.isin(g, list(crowds.values()))
         ignored = void + np.bincount(p[on_crowd], n[on_crowd], len(pred_row))
-
         iou = n / (gt_area[g] + pred_area[p] - n - void[p])
-        match = (iou > 0.5) & ~crowd[g]
+        match = (iou > 0.5) & ~crowd[g]  # at most one for each segment
         g, p, iou = g[match], p[match], iou[match]
         false_positive, false_negative = 2 * ignored <= pred_area, ~crowd
-        false_positive[[0, *p]] = False
+        false_positive[[0, *p]] = False  # nor is void one
         false_negative[[0, *g]] = False
         np.add.at(self.state, (gt_row[g], 0), iou)
         np.add.at(self.state, (gt_row[g], 1), 1)
@@ -94,24 +89,23 @@ class PanopticQuality:
         """PQ, SQ, RQ as fractions in the panoptic API's layout: All, Things, Stuff (with n
         categories; None where that is 0) and per_class."""
         iou, tp, fp, fn = data.reduce_sum(self.state).numpy().T
-        found = np.maximum(tp + fp / 2 + fn / 2, 0.5)
+        found = np.maximum(tp + fp / 2 + fn / 2, 0.5)  # 0 only where nothing is, and all are 0
         figures = np.stack([iou / found, iou / np.maximum(tp, 1), tp / found], 1)  # C x 3
         seen = tp + fp + fn > 0
         thing = np.array([c.get("isthing", 1) for c in self.categories], bool)
         result = {}
         for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
             means = figures[group].mean(0).tolist() if group.any() else [None] * 3
-            result[name] = dict(zip(NAMES, means)) | {"n": float(group.sum())}
-        rows = [dict(zip(NAMES, row)) for row in figures.tolist()]
-        result["per_class"] = {str(c["id"]): row for c, row in zip(self.categories, rows)}
+            result[name] = dict(zip(NAMES, means)) | {"n": int(group.sum())}
+        rows = zip(self.categories, figures.tolist())
+        result["per_class"] = {str(c["id"]): dict(zip(NAMES, row)) for c, row in rows}
         return result
 
 
 class Score:
-    """Class-agnostic PQ, SQ and RQ over samples of data.py. In the instances layout, where all that
-    is no instance is one background, they are those of the instances alone: matched with it,
-    counted without it and without the segment that covers most of it. Then also
-    ap50 = TP / (TP + FP + FN) and pq_with_background."""
+    """Class-agnostic PQ, SQ and RQ over samples of data.py. Where all that is no instance is one
+    background, they are those of the instances alone: matched with it, counted without it and the
+    segment that covers most of it. Then also ap50 = TP / (TP + FP + FN), pq_with_background."""
 
     def __init__(self):
         self.everything = PanopticQuality()
@@ -122,11 +116,10 @@ class Score:
         truth, segments, name = sample["ids"], sample["segments_info"], str(sample["file_name"])
         own = data.describe(found)
         self.everything.update(truth, segments, found, own, name)
-        background = sample.get("background_id")
-        if background is not None:
+        if (background := sample.get("background_id")) is not None:
             back = [s["id"] for s in segments if s["category_id"] == background]
             covered = np.bincount(found[np.isin(truth, back)], minlength=found.max() + 1)
-            covered[0] = 0
+            covered[0] = 0  # void is no segment
             most = covered.argmax()  # of it most has to lie on the background
             cover = most if 2 * covered[most] > (found == most).sum() else 0
             segments = [s | {"category_id": 1 + (s["id"] in back)} for s in segments]
@@ -136,18 +129,16 @@ class Score:
     def result(self):
         """The figures by name, as fractions, over all processes; None where there is nothing."""
         everything, alone = self.everything.result()["All"], self.alone.result()
-        figures = alone["Things"] if alone["All"]["n"] else everything
-        figures = {k: figures[k] for k in NAMES}
-        if alone["All"]["n"]:
-            rq = figures["rq"]
-            figures["ap50"] = rq and rq / (2 - rq)  # None as rq is
-            figures["pq_with_background"] = everything["pq"]
-        return figures
+        if not alone["All"]["n"]:
+            return {k: everything[k] for k in NAMES}
+        rq = alone["Things"]["rq"]
+        more = {"ap50": rq and rq / (2 - rq), "pq_with_background": everything["pq"]}
+        return {k: alone["Things"][k] for k in NAMES} | more
 
 
 def percent(figures):
     """The figures of `Score.result` in percent, as tables and JSON have them."""
-    return {k: None if v is None else 100 * float(v) for k, v in figures.items()}
+    return {k: None if v is None else 100 * v for k, v in figures.items()}
 
 
 def line(values, width=8):
@@ -157,10 +148,10 @@ def line(values, width=8):
 
 
 def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
-    """Evaluate two COCO panoptic JSON files, paired by image_id; the PNGs' folders default to their
-    paths without `.json`. Gives `PanopticQuality.result`. Raises BadInput."""
+    """`PanopticQuality.result` of two COCO panoptic JSON files, paired by image_id; the PNGs'
+    folders default to their paths without `.json`. Raises BadInput."""
     content, truth = data.read_coco(gt, panoptic=True)
-    found = data.read_coco(pred, panoptic=True)[1]
+    _, found = data.read_coco(pred, panoptic=True)
     paired = len(truth.keys() & found.keys())
     if not paired:
         ids = f"{next(iter(truth), '-')} in {gt}, {next(iter(found), '-')} in {pred}"
@@ -174,17 +165,16 @@ def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
 
     def state_of(image_id):
         what, quality = f"image {image_id}", PanopticQuality(categories)
-        maps = data.read_panoptic(*truth[image_id], gt_folders, what)
-        others = np.zeros_like(maps[0]), []
+        ids, segments = data.read_panoptic(*truth[image_id], gt_folders, what)
+        other = np.zeros_like(ids), []  # no prediction: all is missed
         if image_id in found:
-            others = data.read_panoptic(*found[image_id], pred_folders, what)
-        quality.update(*maps, *others, what)
+            other = data.read_panoptic(*found[image_id], pred_folders, what)
+        quality.update(ids, segments, *other, what)
         return quality.state
 
     quality = PanopticQuality(categories)
     with ThreadPool() as pool:  # decoding PNGs does not hold Python's lock
-        for state in pool.imap(state_of, truth):
-            quality.state += state
+        quality.state += sum(pool.imap(state_of, truth))
     return quality.result()
 
 
@@ -204,7 +194,7 @@ def main(argv=None):
     print(line(["", "PQ", "SQ", "RQ", "n"]))
     for name in ("All", "Things", "Stuff")[: 1 if args.class_agnostic else 3]:
         figures = percent({k: result[name][k] for k in NAMES})
-        print(line([name, *figures.values(), int(result[name]["n"])]))
+        print(line([name, *figures.values(), result[name]["n"]]))
     if args.json:
         data.write(args.json, result)
 

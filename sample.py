@@ -35,9 +35,8 @@ OVERLAP = 0.25  # share of a tile's side that the next one sees too
 
 def load(path=None, device="cpu", paper=False, min_area=None):
     """Checkpoint of diffusion.py, or the authors' -> LDM in eval mode. Raises BadInput.
-
-    path: None is checkpoints/ldm.pt, or before any training the shipped assets/shapes.pt; paper:
-    leave out what goes beyond supplement B after sampling; min_area: as of `ae.keep`."""
+    path: None is checkpoints/ldm.pt, before any training the shipped assets/shapes.pt; paper: leave
+    out what goes beyond supplement B after sampling; min_area: as of `ae.keep`."""
     if path is None:
         path = Path("checkpoints/ldm.pt")
         if not path.is_file():
@@ -77,11 +76,10 @@ def ious(a, b):
 
 def name_after(others, ids, used, shared):
     """A map (H x W) whose segments get the id of another map's where IoU > 0.5, else new ones.
-
     others: such maps, -1 where nothing is known; used: new ids are above it; ids up to `shared`
     mean the same everywhere and stay."""
-    own = np.maximum(ids - shared, 0)
-    names = used + np.cumsum(np.bincount(own.ravel()) > 0)  # so far, all are new
+    own = np.maximum(ids - shared, 0)  # 0 where the id is void or shared
+    names = used + np.cumsum(np.bincount(own.ravel()) > 0)  # all new, until one fits
     best = np.full(len(names), 0.5)
     for other in others:
         seen = other >= 0
@@ -98,29 +96,23 @@ def stitch(found, shape, shared=0):
     for (top, left), (ids, sure) in found.items():
         box = np.s_[top : top + ids.shape[0], left : left + ids.shape[1]]
         before = whole[box]
-        # a tile may be larger than the picture
-        inside = np.s_[: before.shape[0], : before.shape[1]]
-        others = [before] if top or left else []  # the first tile meets nothing
-        ids = name_after(others, ids[inside], max(shared, whole.max()), shared)
+        height, width = before.shape  # a tile may be larger than the picture
+        ids = name_after([before], ids[:height, :width], max(shared, whole.max()), shared)
         # of what it shares with the tiles above and on the left, the half that is nearer is its own
         above, beside = (before[:, -1] >= 0).sum() // 2, (before[-1] >= 0).sum() // 2
-        whole[box][above:, beside:] = ids[above:, beside:]
-        certainty[box][above:, beside:] = sure[inside][above:, beside:]
+        own = np.s_[above:height, beside:width]
+        whole[box][own], certainty[box][own] = ids[own], sure[own]
     return whole, certainty
 
 
 def consensus(found, shared=0):
-    """Several samples of one picture (ids and certainty of each) -> one, by majority of each pixel.
-
-    Returns ids (H x W, int32) and the mean certainty of the majority."""
-    if len(found) == 1:
-        return found[0]
-    maps = []
+    """Several samples of one picture (ids and certainty of each) -> one, by majority of each pixel:
+    ids (H x W, int32) and the mean certainty of the majority."""
+    maps, used = [], shared
     for ids, _ in found:
-        used = max([shared, *(other.max() for other in maps)])
         maps.append(name_after(maps, ids, used, shared))
+        used = max(used, maps[-1].max())
     maps = np.stack(maps)  # K x H x W
-    # a pixel goes to the segment that most samples show there
     votes = np.stack([(maps == one).sum(0) - 0.5 * (one == 0) for one in maps])  # void loses a tie
     chosen = np.take_along_axis(maps, votes.argmax(0)[None], 0)  # 1 x H x W
     sure = np.stack([certainty for _, certainty in found])  # K x H x W
@@ -130,34 +122,37 @@ def consensus(found, shared=0):
 def predict(model, images, keys, args, draw=diffusion.predict, shared=0):
     """Segments of images (list of H x W x 3, uint8) by Algorithm 2: of each ids (H x W, int32) and
     certainty. A model that was trained on crops sees larger pictures in tiles of that size.
-
     keys: what the noise of each belongs to; args: steps, seed, votes, batch_size; draw: in place of
     `diffusion.predict`, for arrays of any channels; shared: as in `name_after`."""
     cuts = [cut(image, model.settings["crop"]) for image in images]
-    tiles = [tile for of_image in cuts for tile in of_image.values()]
-    samples = []
-    for vote in range(args.votes):
-        names, drawn = [], []
+    names, tiles, drawn, results = [], [], [], []
+    for (key, of_image), vote in itertools.product(zip(keys, cuts), range(args.votes)):
         # each tile and vote has noise of its own, the first that of the image itself
-        for key, of_image in zip(keys, cuts):
-            names += [f"{key} at {c} vote {vote}" if any((*c, vote)) else key for c in of_image]
-        for n in range(0, len(tiles), args.batch_size):
-            batch = np.s_[n : n + args.batch_size]
-            drawn += draw(model, tiles[batch], names[batch], args)
-        rest = iter(drawn)
-        found = [dict(zip(of_image, rest)) for of_image in cuts]
-        samples.append([stitch(f, i.shape[:2], shared) for f, i in zip(found, images)])
-    return [consensus(of_image, shared) for of_image in zip(*samples)]
+        names += [f"{key} at {c} vote {vote}" if any((*c, vote)) else key for c in of_image]
+        tiles += of_image.values()
+    for n in range(0, len(tiles), args.batch_size):
+        batch = np.s_[n : n + args.batch_size]
+        drawn += draw(model, tiles[batch], names[batch], args)
+    rest = iter(drawn)  # by picture, vote and tile, as they were put in
+    for image, of_image in zip(images, cuts):
+        found = [dict(zip(of_image, rest)) for _ in range(args.votes)]
+        stitched = [stitch(of_vote, image.shape[:2], shared) for of_vote in found]
+        results.append(consensus(stitched, shared))
+    return results
+
+
+def find(model, images, keys, args, threshold=0.5):
+    """`predict`, then segments that are uncertain or small become void: of each its ids."""
+    found, min_area = predict(model, images, keys, args), model.settings["min_area"]
+    return [ae.keep(ids, certainty, min_area, threshold) for ids, certainty in found]
 
 
 def segment(model, image, steps=None, seed=0, threshold=0.5, votes=1):
     """One PIL image -> ids (H x W, int32, 0 = void) and segments_info as COCO has it.
-
     steps: None is the model's usual number; threshold: less certain pixels become void."""
     array, steps = data.to_rgb(ImageOps.exif_transpose(image)), steps or model.settings["steps"]
     args = argparse.Namespace(steps=steps, seed=seed, votes=votes, batch_size=16)
-    [(ids, certainty)] = predict(model, [array], [""], args)
-    ids = ae.keep(ids, certainty, model.settings["min_area"], threshold)
+    [ids] = find(model, [array], [""], args, threshold)
     return model.label(array, ids)
 
 
@@ -181,35 +176,33 @@ def find_images(path):
 
 def segment_files(model, files, args):
     """--images: writes predictions.json (COCO panoptic), predictions/ID.png and overlays/ID.png.
+    Raises BadInput at the end if a picture could not be read."""
+    images, annotations, broken, began = [], [], [], time.time()
 
-    Returns figures. Raises BadInput at the end if a picture could not be read."""
-    out, images, annotations, broken, began = Path(args.out), [], [], [], time.time()
-    waiting = iter(tqdm(files.items(), unit="image"))
-    while batch := list(itertools.islice(waiting, args.batch_size)):
-        pictures = {}
-        for name, file in batch:
+    def readable():
+        for name, file in tqdm(files.items(), unit="image"):
             try:
-                pictures[name] = data.read_image(file)
+                yield name, data.read_image(file)
             except BadInput as error:  # it must not cost the others
                 broken.append(error)
-        found = predict(model, list(pictures.values()), list(pictures), args)
-        for (name, picture), (ids, certainty) in zip(pictures.items(), found):
-            ids = ae.keep(ids, certainty, model.settings["min_area"])
+
+    pictures = readable()
+    while batch := dict(itertools.islice(pictures, args.batch_size)):
+        found = find(model, list(batch.values()), list(batch), args)
+        for (name, picture), ids in zip(batch.items(), found):
             ids, segments = model.label(picture, ids)
-            data.write_id_png(out / "predictions" / f"{name}.png", ids)
+            data.write_id_png(f"{args.out}/predictions/{name}.png", ids)
             overlay = Image.fromarray(data.overlay(picture, ids))
-            data.write(out / "overlays" / f"{name}.png", overlay)
-            height, width = ids.shape
-            about = {"id": name, "file_name": files[name].name, "height": height, "width": width}
-            images.append(about)
+            data.write(f"{args.out}/overlays/{name}.png", overlay)
+            size = dict(zip(("height", "width"), ids.shape))
+            images.append({"id": name, "file_name": files[name].name, **size})
             entry = {"image_id": name, "file_name": f"{name}.png", "segments_info": segments}
             annotations.append(entry)
     categories = model.classifier.categories if model.classifier else pq.OBJECT
     content = {"images": images, "annotations": annotations, "categories": categories}
-    data.write(out / "predictions.json", content)
-    print(f"{len(images)} of {len(files)} pictures -> {out}/predictions.json, {out}/overlays/")
-    # only now: what could be read is written
-    if broken:
+    data.write(f"{args.out}/predictions.json", content)
+    print(f"{len(images)} of {len(files)} pictures -> {args.out}/predictions.json and overlays/")
+    if broken:  # only now: what could be read is written
         raise BadInput(f"{len(broken)} of {len(files)} pictures left out, the first: {broken[0]}")
     return {"images": len(images), "seconds_per_image": (time.time() - began) / len(images)}
 
@@ -218,9 +211,7 @@ def segment_files(model, files, args):
 
 
 def compare_steps(model, dataset, all_steps, args):
-    """PQ, SQ, RQ and seconds by sampling steps (Fig. 9, left): table, plot, pictures of the last.
-
-    Returns the figures: those of the last, and all as by_steps."""
+    """PQ, SQ, RQ and seconds by sampling steps (Fig. 9, left): table, plot, pictures."""
     results = {}
     for args.steps in all_steps:
         began = time.time()
@@ -248,27 +239,25 @@ def agreement(maps):
         of_a, of_b, iou = ious(a, b)
         table = np.zeros((a.max() + 1, b.max() + 1))
         table[of_a, of_b] = iou
-        by_pair.append(table[a, b] * (a > 0) * (b > 0))
+        by_pair.append(table[a, b] * (a > 0) * (b > 0))  # H x W
     return np.mean(by_pair, 0)
 
 
 def compare_seeds(model, dataset, args):
     """Fig. 10: how far what several seeds find agrees, and a sheet of the first images."""
     means, rows = [], []
-    # one image at a time, or the maps of all seeds would have to be kept
-    for sample in dataset:
+    for sample in dataset:  # one at a time, or the maps of all seeds would have to be kept
         image, maps = sample["image"], []
         for args.seed in args.seeds:
-            [(ids, certainty)] = predict(model, [image], [sample["image_id"]], args)
-            maps.append(ae.keep(ids, certainty, model.settings["min_area"]))
+            maps += find(model, [image], [sample["image_id"]], args)
         agreed = agreement(maps)
-        means.append(float(agreed.mean()))
+        means.append(agreed.mean())
         if len(rows) < 6:
-            grey = np.stack([(255 * agreed).astype(np.uint8)] * 3, -1)
-            rows.append([image, *(data.overlay(image, ids) for ids in maps), grey])
+            found = [data.overlay(image, ids) for ids in maps]
+            rows.append([image, *found, (255 * agreed).astype(np.uint8)])
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "agreement"]
     data.write(f"{args.out}/seeds.png", data.sheet(rows, captions))
-    mean = sum(means) / len(means)
+    mean = float(np.mean(means))
     print(f"mean agreement {mean:.3f} (1: the same segments everywhere) -> {args.out}/seeds.png")
     return {"agreement": mean, "images": len(means)}
 
@@ -281,8 +270,8 @@ def draw_trajectory(model, samples, args):
     noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
     model.sample(image_latent, noise, args.steps, trace)
     rows, captions = [[picture] for picture in pictures], ["image"]
-    # eight columns can still be made out
-    for i in np.linspace(0, len(trace) - 1, min(len(trace), 8)).round().astype(int):
+    columns = min(len(trace), 8)  # more could not be made out
+    for i in np.linspace(0, len(trace) - 1, columns).round().astype(int):
         captions.append(f"j = {model.schedule(args.steps)[i][0]}")
         for row, logits in zip(rows, model.decode(trace[i])):
             ids, _ = diffusion.segments(model, logits, *row[0].shape[:2])
@@ -306,7 +295,7 @@ def sampling_parser(doc):
     add("--paper", action="store_true", help="the algorithm exactly as printed")
     add("--batch_size", type=data.positive, default=16, help="pictures or tiles at a time")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
-    parser.set_defaults(precision="auto")
+    parser.set_defaults(precision="auto")  # what `data.autocast` asks for
     return parser
 
 
@@ -340,9 +329,8 @@ def main(argv=None):
         raise BadInput("--seeds: give two or more, and no --images")
     device = data.setup(args)
     model = load(args.ckpt, device, args.paper, args.min_area)
-    # what compares no steps takes the last
     all_steps = args.steps or [model.settings["steps"]]
-    args.steps = all_steps[-1]
+    args.steps = all_steps[-1]  # for what compares none
     with data.autocast(args, device):
         if files:
             figures = segment_files(model, files, args)
