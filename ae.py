@@ -321,6 +321,7 @@ def validate(model, dataset, args):
     """`evaluate` the reconstruction of a held-out set in random ids; pictures: both."""
 
     def predict(samples):
+        """Reconstructions of one batch."""
         maps = []
         for s in samples:
             rng = np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode()))

@@ -540,6 +540,7 @@ def number(kind, low, high=2**32 - 1):
     """An argparse type: int or float in low..high."""
 
     def number_in_range(text):
+        """The number that a flag says."""
         value = kind(text)  # argparse says what is wrong with the text
         if low <= value <= high:
             return value
@@ -556,6 +557,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
+        """What argparse calls on a wrong flag."""
         raise BadInput(message)
 
 
@@ -623,6 +625,7 @@ def command(main):
     """Make `main(argv)` end on bad input with one line on stderr and exit code 2."""
 
     def run(argv=None):
+        """`main`, with errors in one line."""
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         try:

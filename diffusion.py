@@ -501,6 +501,7 @@ def evaluate(model, dataset, find, args):
     panoptic = pq.PanopticQuality(categories)
 
     def predict_batch(samples):
+        """Segments of one batch, and pictures of them."""
         images = [sample["image"] for sample in samples]
         maps = find(model, images, [sample["image_id"] for sample in samples], args)
         for sample, image, (raw, certainty) in zip(samples, images, maps):
@@ -586,6 +587,7 @@ def main(argv=None):
     mixed = data.autocast(args, device)
 
     def validation():
+        """Figures and pictures of the held-out images."""
         with mixed:
             result = evaluate(model.eval(), val_set, predict, args)
         model.train()

@@ -151,6 +151,7 @@ def evaluate(model, dataset, args):
     stuff = [c["id"] for c in dataset.source.categories if not c["isthing"]]
 
     def complete_samples(samples):
+        """Completions of one batch, and pictures of them."""
         images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
         partial = [part_of(s, stuff, model.settings, args) for s in samples]
         completed = complete_batch(model, images, partial, keys, args)

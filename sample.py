@@ -180,6 +180,7 @@ def segment_files(model, files, args):
     images, annotations, broken, began = [], [], [], time.time()
 
     def readable():
+        """Names and pictures of the files that can be read."""
         for name, file in tqdm(files.items(), unit="image"):
             try:
                 yield name, data.read_image(file)
