@@ -93,11 +93,18 @@ def stitch(found, shape, shared=0):
     """Join what was found tile by tile: {(top, left): (ids, certainty)} -> ids (H x W, int32) and
     certainty. shape: H, W; shared: as in `name_after`."""
     whole, certainty = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    backgrounds = []  # the largest segment of each tile
     for (top, left), (ids, sure) in found.items():
         box = np.s_[top : top + ids.shape[0], left : left + ids.shape[1]]
         before = whole[box]
         height, width = before.shape  # a tile may be larger than the picture
         ids = name_after([before], ids[:height, :width], max(shared, whole.max()), shared)
+        largest = np.bincount(ids[ids > 0], minlength=1).argmax()
+        for other in backgrounds:  # one where the larger part of what is shared is
+            here = before == other
+            if other > shared and 2 * (here & (ids == largest)).sum() > here.sum() > 0:
+                whole[whole == other] = largest
+        backgrounds.append(largest)
         # of what it shares with the tiles above and on the left, the half that is nearer is its own
         above, beside = (before[:, -1] >= 0).sum() // 2, (before[-1] >= 0).sum() // 2
         own = np.s_[above:height, beside:width]
