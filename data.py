@@ -698,6 +698,8 @@ def autocast(args, device):
     """Mixed precision of --precision; auto: bf16 on a GPU that has it, fp16 on an older one."""
     if args.precision == "auto" and device.type == "cuda":
         args.precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif args.precision == "auto":
+        args.precision = "fp32"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return torch.autocast(device.type, dtypes.get(args.precision), args.precision in dtypes)
 
