@@ -66,6 +66,7 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of B x C x H x W."""
 
     def forward(self, x):
+        """B x C x H x W -> B x C x H x W."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

@@ -99,7 +99,8 @@ def stitch(found, shape, shared=0):
         before = whole[box]
         height, width = before.shape  # a tile may be larger than the picture
         ids = name_after([before], ids[:height, :width], max(shared, whole.max()), shared)
-        largest = np.bincount(ids[ids > 0], minlength=1).argmax()
+        area = data.areas(ids)
+        largest = max(area, key=area.get, default=-1)  # -1: all of the tile is void
         for other in backgrounds:  # one where the larger part of what is shared is
             here = before == other
             if other > shared and 2 * (here & (ids == largest)).sum() > here.sum() > 0:

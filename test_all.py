@@ -1003,6 +1003,15 @@ def test_tiles_of_the_truth_are_stitched_to_the_truth(shape):
     assert same_partition(ids, truth) and np.allclose(certainty, truth / 9)
 
 
+def test_pieces_of_a_background_are_one_but_a_void_tile_takes_none():
+    sure, ids = np.ones((8, 8)), np.ones((8, 8), np.int32)
+    ids[2:5, 2:5] = 2
+    tiles = {(0, 0): (ids, sure), (0, 6): (0 * ids, sure), (6, 0): (ids, sure)}
+    found, _ = sample.stitch(tiles, (14, 14))
+    assert found[0, 0] == found[13, 0] > 0 and not found[:6, 8:].any()
+    assert len({found[0, 0], found[3, 3], found[9, 3]}) == 3
+
+
 def test_votes_join_samples_by_majority():
     truth, void = row("1111112233444"), row("1111112233000")
     merged, lost, moved = row("1111112222333"), row("1111112233111"), row("7777755522333")
