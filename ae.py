@@ -19,6 +19,7 @@ import data  # before torch: it sets what PyTorch reads on loading
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +33,7 @@ MODELS = {"sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, b
 MODELS["sd"] |= dict(lr=1e-4, schedule="constant")
 MODELS["small"] = dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32)
 MODELS["small"] |= dict(lr=2e-3, schedule="cosine")
-ENCODINGS = ("bits", "rgb", "onehot", "positional")
+ENCODINGS = ["bits", "rgb", "onehot", "positional"]
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -74,10 +75,9 @@ class Autoencoder(nn.Module):
     """The shallow autoencoder ("Architectural Design"); 2.02 M parameters at the paper's setting.
     num_ids: N, a power of two up to 256; factor: f, 8 or 4; width: channels at the bottleneck."""
 
-    def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, latent_channels=4):
+    def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, **unused):
         super().__init__()
         self.settings = dict(num_ids=num_ids, encoding=encoding, factor=factor, width=width)
-        self.settings |= dict(latent_channels=latent_channels)
         self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
         c = width // factor
         # nn.Identity keeps the authors' numbering of layers, which their checkpoints use
@@ -87,8 +87,8 @@ class Autoencoder(nn.Module):
             layers += [conv3(c, c), down, nn.SiLU()]
             c *= 2
         layers += [conv3(c, c), nn.Identity(), nn.GroupNorm(32, c, eps=1e-6), nn.SiLU()]
-        self.encoder = nn.Sequential(*layers, conv3(c, 2 * latent_channels))
-        layers = [conv3(latent_channels, c), nn.Identity()]
+        self.encoder = nn.Sequential(*layers, conv3(c, 8))  # mean and log-variance of 4 channels
+        layers = [conv3(4, c), nn.Identity()]
         for _ in range(2):
             layers += [nn.ConvTranspose2d(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU()]
         layers += [nn.GroupNorm(32, c, eps=1e-5), nn.SiLU()]
@@ -117,8 +117,6 @@ class SDAutoencoder(Autoencoder):
     vae: a diffusers AutoencoderKL, or the config of one, which tells f and the widths."""
 
     def __init__(self, vae, num_ids, encoding, **unused):
-        from diffusers import AutoencoderKL
-
         nn.Module.__init__(self)
         if isinstance(vae, dict):
             vae = AutoencoderKL(**vae)
@@ -142,8 +140,6 @@ def vae_config(block_out_channels, **more):
 def load_sd(name, part):
     """Stable Diffusion's "unet" or "vae", of a hub id or folder; "none": 1.4's shapes, untrained.
     Raises BadInput."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
     if name == "none":
         vae = vae_config([128, 256, 512, 512], layers_per_block=2)
         return UNet2DConditionModel() if part == "unet" else AutoencoderKL(**vae)
@@ -283,27 +279,28 @@ def connected(ids):
 # ------------------------------------------------------------------------------------- evaluation
 class HeldOut:
     """This rank's share of the samples of a source as they are; broken ones are named and left out.
-    limit: only so many; crop: a square of each. Iterating raises BadInput if none can be used."""
+    limit: only so many; crop: a square of each. Iterating raises BadInput if all are broken."""
 
     def __init__(self, source, limit=None, crop=0):
         self.source, self.crop, self.indices = source, crop, range(len(source))[:limit]
+        self.broken = []  # what is wrong with those left out
 
     def __len__(self):
         return len(self.indices)
 
     def __iter__(self):
-        usable = 0
+        self.broken.clear()
         for index in tqdm(self.indices[rank() :: world()], leave=False, disable=rank() > 0):
             try:
                 sample = self.source[index]
             except BadInput as error:
-                data.say_once(f"note: left out of the evaluation: {error}")
+                data.say_once(f"note: left out: {error}")
+                self.broken.append(error)
                 continue
-            usable += 1
             rng = np.random.default_rng((index, self.crop))
             yield data.crop_sample(sample, self.crop, rng) if self.crop else sample
-        if not usable and rank() == 0:
-            raise BadInput(f"none of the {len(self)} images can be used")
+        if len(self.broken) == len(self):
+            raise BadInput(f"none of {len(self)} images can be used, the first: {self.broken[0]}")
 
 
 def evaluate(dataset, predict, batch_size):
@@ -322,7 +319,6 @@ def validate(model, dataset, args):
     """`evaluate` the reconstruction of a held-out set in random ids; pictures: both."""
 
     def predict(samples):
-        """Reconstructions of one batch."""
         maps = []
         for s in samples:
             rng = np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode()))
@@ -354,26 +350,21 @@ def new_model(args):
     return model
 
 
-def flags():
-    """The command line."""
-    parser = data.training_parser(__doc__)
-    add = parser.add_argument
-    add("--arch", choices=["shallow", "sd_vae"], help="the paper's, or Stable Diffusion's VAE")
-    add("--num_ids", type=int, choices=[4, 8, 16, 32, 64, 128, 256], help="N; id 0 is void")
-    add("--encoding", choices=ENCODINGS, help="of the ids at the input (bits)")
-    add("--factor", type=int, choices=[4, 8], help="f, image side over latent side")
-    add("--width", type=int, choices=[32, 64, 128, 256, 512], help="channels at the bottleneck")
-    add("--weight_decay", type=data.amount, default=0.05, help="of AdamW: the penalty of eq. 2")
-    add("--kl", type=data.amount, default=0.0, help="weight of a KL term (default %(default)s)")
-    parser.set_defaults(arch="shallow", encoding="bits", clip=3.0)  # clip: the authors'
-    return parser
-
-
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 1."""
-    args = data.parse(flags(), MODELS, argv, "ae")
-    device = data.setup(args)
+    parser = data.training_parser(__doc__)
+    flag = parser.flag
+    flag("--arch", ["shallow", "sd_vae"], "the paper's, or Stable Diffusion's VAE")
+    flag("--num_ids", [4, 8, 16, 32, 64, 128, 256], "N; id 0 is void")
+    flag("--encoding", ENCODINGS, "of the ids at the input (bits)")
+    flag("--factor", [4, 8], "f, image side over latent side")
+    flag("--width", [32, 64, 128, 256, 512], "channels at the bottleneck")
+    flag("--weight_decay", data.amount, "of AdamW: the penalty of eq. 2", default=0.05)
+    flag("--kl", data.amount, "weight of a KL term (default %(default)s)", default=0.0)
+    parser.set_defaults(arch="shallow", encoding="bits", clip=3.0)  # clip: the authors'
+    args = data.parse(parser, MODELS, argv, "ae")
+    device, mixed = data.setup(args)
     # data, model, optimiser: its weight decay is the penalty of eq. 2
     train_source, val_source = data.open_splits(args)
     stream = dict(seed=args.seed, images=False, crop=args.crop)
@@ -382,10 +373,8 @@ def main(argv=None):
     points = max(256, round(12544 * (args.size / 512) ** 2))  # of each loss
     model = new_model(args).to(device, memory_format=torch.channels_last).train()
     ddp = DistributedDataParallel(model) if world() > 1 else model
-    mixed = data.autocast(args, device)
-    settings = {k: getattr(args, k) for k in (*data.STORED, "arch")} | {
-        "autoencoder": model.settings
-    }
+    settings = {k: getattr(args, k) for k in (*data.STORED, "arch")}
+    settings["autoencoder"] = model.settings
     validation = functools.partial(validate, model, val_set, args)
     run = data.Run("ae", args, model, model.parameters(), settings, validation)
     data.say_once(f"stage 1 on {device} in {args.precision}")

@@ -416,16 +416,14 @@ def relabel(ids, segments_info, num_ids, rng, min_area=1):
 
 
 def crop_sample(sample, side, rng):
-    """A random square of `side` pixels; beyond a picture its edge goes on, there ids are void."""
+    """A random square of `side` pixels; beyond a picture its edge goes on, as in sample.py's tiles."""
     ids, image = sample["ids"], sample["image"]
-    short = [(0, max(side - n, 0)) for n in ids.shape]  # what the picture lacks
-    ids = np.pad(ids, short)
-    top, left = (rng.integers(n - side + 1) for n in ids.shape)
-    box = np.s_[top : top + side, left : left + side]
+    starts = [rng.integers(max(n - side, 0) + 1) for n in ids.shape]
+    rows, columns = (np.arange(k, k + side).clip(max=n - 1) for k, n in zip(starts, ids.shape))
+    box = np.ix_(rows, columns)
     area = areas(ids[box])
     segments = [s | {"area": area[s["id"]]} for s in sample["segments_info"] if s["id"] in area]
-    if image is not None:
-        image = np.pad(image, [*short, (0, 0)], "edge")[box]
+    image = None if image is None else image[box]
     return sample | {"image": image, "ids": ids[box], "segments_info": segments}
 
 
@@ -540,7 +538,6 @@ def number(kind, low, high=2**32 - 1):
     """An argparse type: int or float in low..high."""
 
     def number_in_range(text):
-        """The number that a flag says."""
         value = kind(text)  # argparse says what is wrong with the text
         if low <= value <= high:
             return value
@@ -560,38 +557,48 @@ class Parser(argparse.ArgumentParser):
         """What argparse calls on a wrong flag."""
         raise BadInput(message)
 
+    def flag(self, name, kind, meaning, **more):
+        """Add a flag. kind: a function of its text, a list of choices, or bool for a switch."""
+        if kind is bool:
+            more["action"] = "store_true"
+        elif isinstance(kind, list):
+            more |= {"choices": kind, "type": type(kind[0])}
+        else:
+            more["type"] = kind
+        self.add_argument(name, help=meaning, **more)
+
 
 def new_parser(doc, out):
     """A parser with the flags of all scripts."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", help="'shapes' or a folder in COCO layout (default: as --ckpt, or data/coco)")
-    add("--seed", type=natural, default=0, help="of everything random (default %(default)s)")
-    add("--out", default=out, help="folder to write to (default %(default)s)")
-    add("--json", help="also write the printed figures to this file")
+    flag = parser.flag
+    flag("--data", str, "'shapes' or a folder in COCO layout (default: as --ckpt, or data/coco)")
+    flag("--seed", natural, "of everything random (default %(default)s)", default=0)
+    flag("--out", str, "folder to write to (default %(default)s)", default=out)
+    flag("--json", str, "also write the printed figures to this file")
     return parser
 
 
 def training_parser(doc):
     """A parser with the flags of both trainings; what has no default here has it from --model."""
     parser = new_parser(doc, "checkpoints")
-    add, sd = parser.add_argument, "CompVis/stable-diffusion-v1-4"
-    add("--model", choices=["sd", "small"], help="the paper's, or from scratch on a laptop (sd)")
-    add("--sd", default=sd, help="Stable Diffusion: hub id, folder with unet/ and vae/, or 'none'")
-    add("--train_split", default="train2017", help="(default %(default)s)")
-    add("--val_split", default="val2017", help="(default %(default)s)")
-    add("--size", type=positive, help="side of the square that the network sees, in pixels")
-    add("--crop", type=natural, default=0, help="train on random squares of so many pixels")
-    add("--batch_size", type=positive, help="images an iteration, over all processes")
-    add("--iters", type=natural, help="iterations; 0 with --ckpt only evaluates")
-    add("--lr", type=amount, help="peak learning rate of AdamW")
-    add("--ckpt", help="start from these weights and the settings stored with them")
-    add("--resume", action="store_true", help="go on with the run in --out, with its flags")
-    add("--save_every", type=positive, default=1000, help="iterations (default %(default)s)")
-    add("--eval_images", type=positive, default=256, help="in validation (default %(default)s)")
-    add("--num_workers", type=natural, default=min(os.cpu_count() - 1, 8), help="a rank")
-    add("--device", default="auto", help="cuda, mps, cpu or auto (default %(default)s)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    flag, sd = parser.flag, "CompVis/stable-diffusion-v1-4"
+    flag("--model", ["sd", "small"], "the paper's, or from scratch on a laptop (sd)")
+    flag("--sd", str, "Stable Diffusion: hub id, folder with unet/ and vae/, or 'none'", default=sd)
+    flag("--train_split", str, "(default %(default)s)", default="train2017")
+    flag("--val_split", str, "(default %(default)s)", default="val2017")
+    flag("--size", positive, "side of the square that the network sees, in pixels")
+    flag("--crop", natural, "train on random squares of so many pixels", default=0)
+    flag("--batch_size", positive, "images an iteration, over all processes")
+    flag("--iters", natural, "iterations; 0 with --ckpt only evaluates")
+    flag("--lr", amount, "peak learning rate of AdamW")
+    flag("--ckpt", str, "start from these weights and the settings stored with them")
+    flag("--resume", bool, "go on with the run in --out, with its flags")
+    flag("--save_every", positive, "iterations (default %(default)s)", default=1000)
+    flag("--eval_images", positive, "in validation (default %(default)s)", default=256)
+    flag("--num_workers", natural, "a rank", default=min(os.cpu_count() - 1, 8))
+    flag("--device", str, "cuda, mps, cpu or auto (default %(default)s)", default="auto")
+    flag("--precision", ["auto", "fp32", "bf16", "fp16"], "", default="auto")
     parser.set_defaults(data="data/coco", ema=0.0)
     return parser
 
@@ -625,7 +632,6 @@ def command(main):
     """Make `main(argv)` end on bad input with one line on stderr and exit code 2."""
 
     def run(argv=None):
-        """`main`, with errors in one line."""
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         try:
@@ -660,7 +666,8 @@ def say_once(line):
 
 
 def setup(args):
-    """Choose the device and, under torchrun, join the other processes. Raises BadInput."""
+    """The device, joined with those of other processes under torchrun, and a context of mixed
+    precision. auto is bf16 on a GPU that has it, fp16 on an older one. Raises BadInput."""
     name = args.device
     if name == "auto":
         mps = torch.backends.mps.is_available() and world() == 1
@@ -676,7 +683,12 @@ def setup(args):
         torch.set_float32_matmul_precision("high")  # TF32
     if world() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
+    if args.precision == "auto" and device.type == "cuda":
+        args.precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif args.precision == "auto":
+        args.precision = "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+    return device, torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def leave():
@@ -692,16 +704,6 @@ def reduce_sum(value):
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
-
-
-def autocast(args, device):
-    """Mixed precision of --precision; auto: bf16 on a GPU that has it, fp16 on an older one."""
-    if args.precision == "auto" and device.type == "cuda":
-        args.precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif args.precision == "auto":
-        args.precision = "fp32"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, dtypes.get(args.precision), args.precision in dtypes)
 
 
 # --------------------------------------------------------------------- checkpoints and trainings
@@ -933,8 +935,8 @@ def faults(source):
 def main(argv=None):
     """Command line: write a sheet of images and their segments, or check a folder."""
     parser = new_parser(__doc__, "out")
-    parser.add_argument("--split", default="train2017", help="(default %(default)s)")
-    parser.add_argument("--check", action="store_true", help="exit code 1 if anything is broken")
+    parser.flag("--split", str, "(default %(default)s)", default="train2017")
+    parser.flag("--check", bool, "exit code 1 if anything is broken")
     args = parser.parse_args(argv)
     source = open_data(args.data or "data/coco", args.split, seed=args.seed)
     broken = list(faults(source)) if args.check else []

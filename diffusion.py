@@ -18,6 +18,7 @@ given, but for `connected` on data of instances.
 
 import fnmatch
 import itertools
+import operator
 import zlib
 
 import data  # before torch: it sets what PyTorch reads on loading
@@ -53,7 +54,7 @@ COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
 # ------------------------------------------------------------------------------ the DDIM scheduler
 class DDIM:
     """Noise schedule and deterministic sampler (Song et al. 2021; eq. 3 and 5), Stable Diffusion's.
-    prediction: what the network estimates, "epsilon" (the paper), "sample" (z^0) or "v"."""
+    prediction: what the network estimates, "epsilon" (the paper) or, beyond it, "v"."""
 
     def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012):
         self.prediction, self.T = prediction, 1000
@@ -74,13 +75,12 @@ class DDIM:
     def target(self, z, eps, j):
         """What the network should put out for z noised with eps to timestep j."""
         a, b = self.scales(j, z)
-        return {"epsilon": eps, "sample": z, "v": a * eps - b * z}[self.prediction]
+        return eps if self.prediction == "epsilon" else a * eps - b * z
 
     def remove_noise(self, zj, output, j):
         """The inverse of eq. 3: the estimate of z^0 from z^j and the network's output."""
         a, b = self.scales(j, zj)
-        z0 = {"epsilon": (zj - b * output) / a, "sample": output, "v": a * zj - b * output}
-        return z0[self.prediction]
+        return (zj - b * output) / a if self.prediction == "epsilon" else a * zj - b * output
 
     def step(self, zj, z0, j, j_prev):
         """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the earlier timestep j_prev; past
@@ -190,11 +190,19 @@ class LDM(nn.Module):
         """Images (B x 3 x H x W, uint8) -> image_latent (B x c x h x w)."""
         return self.image_encoder(images.float() / 127.5 - 1).float()
 
-    def encode_pictures(self, pictures):
-        """List of H x W x 3 uint8 arrays of any sizes -> image_latent (B x c x h x w)."""
-        squares = [data.resize_image(p, self.settings["size"]) for p in pictures]
+    def inputs(self, samples, seed):
+        """What sampling begins with. samples: dicts of image (H x W x 3, uint8, any size), image_id.
+        Gives image_latent (B x c x h x w) and noise, two of B x 4 x h x w, which belongs to the seed
+        and each image_id, whatever batch it comes in."""
+        squares = [data.resize_image(s["image"], self.settings["size"]) for s in samples]
         images = torch.from_numpy(np.stack(squares)).to(self.unet.device)  # B x S x S x 3
-        return self.encode_image(images.permute(0, 3, 1, 2))
+        image_latent = self.encode_image(images.permute(0, 3, 1, 2))
+        draws = []
+        for s in samples:
+            key = f"{seed}/{s['image_id']}".encode(errors="surrogateescape")
+            own = torch.Generator().manual_seed(zlib.crc32(key))
+            draws.append(torch.randn(8, *image_latent.shape[2:], generator=own))
+        return image_latent, torch.stack(draws).to(images.device).chunk(2, dim=1)
 
     def denoise(self, zj, image_latent, self_cond, j):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
@@ -202,15 +210,6 @@ class LDM(nn.Module):
         x = x[:, : self.unet.config.in_channels]  # a model may have no self-conditioning
         j = torch.as_tensor(j, device=zj.device).expand(len(zj))
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
-
-    def noise(self, seed, keys, image_latent):
-        """Noise that belongs to (seed, key), whatever batch it comes in: len(keys) x 4 x h x w."""
-        draws = []
-        for key in keys:
-            number = zlib.crc32(f"{seed}/{key}".encode(errors="surrogateescape"))
-            own = torch.Generator().manual_seed(number)
-            draws.append(torch.randn(4, *image_latent.shape[2:], generator=own))
-        return torch.stack(draws).to(image_latent.device)
 
     def begin_training(self, args, source):
         """Take the settings of a training and say which weights it trains."""
@@ -309,19 +308,16 @@ class LDM(nn.Module):
 
 
 # --------------------------------------- beyond the paper: one pass, by ids that the noise chooses
-def rename(ids, other, reserved=()):
+def rename(ids, other):
     """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
-    one, largest overlap first; the rest keep their ids, or get unused ones, none of `reserved`."""
+    one, largest overlap first; the rest get the first unused ids."""
     of_ids, of_other, pixels = pq.overlaps(ids, other)
     name = {0: 0}
     for k in np.argsort(-pixels, kind="stable"):
         if of_ids[k] not in name and of_other[k] not in name.values():
             name[of_ids[k]] = of_other[k]
-    taken = {*name.values(), *reserved}
-    free = (n for n in itertools.count(1) if n not in taken)
-    for i in sorted(set(of_ids) - name.keys()):
-        name[i] = next(free) if i in taken else i
-        taken.add(name[i])
+    unused = (n for n in itertools.count() if n not in name.values())
+    name |= dict(zip(sorted(set(of_ids) - name.keys()), unused))
     return np.array([name.get(i, 0) for i in range(ids.max() + 1)])[ids]
 
 
@@ -338,21 +334,9 @@ def noise_chooses(model, ids, image_latent, noise, passes):
 
 
 # -------------------------------------------------------------- a classifier of the masks (Table 2)
-def segment_means(x, ids, count):
-    """Means of x (B x C x h x w) over each id 0..count-1 of ids (B x H x W) -> B x count x C, 0
-    where an id is absent. A cell counts by the share of its pixels that have the id."""
-    means = []
-    for values, y in zip(x.float(), ids):  # one by one: all masks of a batch would not fit
-        masks = F.one_hot(y, count).permute(2, 0, 1).float()  # count x H x W
-        share = F.adaptive_avg_pool2d(masks, x.shape[2:]).flatten(1)  # count x hw
-        total = share.sum(1, keepdim=True).clamp(min=1e-9)
-        means.append(share @ values.flatten(1).T / total)
-    return torch.stack(means)
-
-
 class Classifier(nn.Module):
-    """Labels proposals (4.2, Table 2): DeepLabv3's head gives class logits of the image, their mean
-    over a proposal labels it. `forward` is the training loss.
+    """Labels proposals (4.2, Table 2): DeepLabv3's head gives class logits of the image, a proposal
+    gets the category that most of its pixels have. `forward` is the training loss.
     categories: list of {id, name, isthing}; model: "sd" has a ResNet-50, "small" four layers."""
 
     def __init__(self, categories, model, pretrained=False):
@@ -376,28 +360,29 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x))
 
     def forward(self, batch, *noise):
-        """Cross-entropy of the segments' mean logits: mean over an image's segments, then images.
+        """Cross-entropy of the cells, a cell's truth being that of its top left pixel.
         noise: what `LDM.forward` takes too, of no use here."""
-        classes = batch["classes"]  # B x N, the class of each id, -1 = none
-        means = segment_means(self.logits(batch["image"]), batch["ids"].long(), classes.shape[1])
-        loss = F.cross_entropy(means.mT, classes, ignore_index=-1, reduction="none")  # B x N
-        return (loss.sum(1) / (classes >= 0).sum(1).clamp(min=1)).mean()
+        logits = self.logits(batch["image"])  # B x C x h x w
+        ids = F.interpolate(batch["ids"][:, None].float(), logits.shape[2:])  # B x 1 x h x w
+        truth = batch["classes"].gather(1, ids.flatten(1).long())  # B x hw, -1 = none
+        return F.cross_entropy(logits.flatten(2).float(), truth, ignore_index=-1)
 
     def label(self, logits, ids, merge=True):
-        """Class logits (C x h x w) and ids (H x W) -> ids, segments_info with category_id, score.
-        merge: proposals of one stuff category are one segment, as in COCO."""
-        known, place = np.unique(ids, return_inverse=True)
-        place = place.reshape(ids.shape)
-        y = torch.from_numpy(place).to(logits.device)
-        scores, classes = segment_means(logits[None], y[None], len(known))[0].softmax(1).max(1)
-        entry, first = {}, {}
-        for k, i in enumerate(known.tolist()):
-            category = self.categories[classes[k]]
+        """Class logits (C x h x w) and ids (H x W) -> ids, segments_info with category_id and score,
+        the share of its pixels. merge: proposals of a stuff category are one segment, as in COCO.
+        """
+        classes, _ = ae.argmax(logits, *ids.shape)  # H x W
+        area, found, first, segments = data.areas(ids), {}, {}, []
+        pairs = zip(*pq.overlaps(ids, classes))
+        for i, k, pixels in sorted(pairs, key=operator.itemgetter(2)):  # the largest come last
+            found[i] = self.categories[k], pixels / area.get(i, 1)
+        for i, (category, _) in found.items():
             if merge and i and not category["isthing"]:
-                known[k] = first.setdefault(category["id"], i)
-            entry[i] = {"category_id": category["id"], "score": round(scores[k].item(), 4)}
-        ids = known[place]
-        return ids, [{**s, **entry[s["id"]]} for s in data.describe(ids)]
+                ids = np.where(ids == i, first.setdefault(category["id"], i), ids)
+        for s in data.describe(ids):
+            category, share = found[s["id"]]
+            segments.append(s | {"category_id": category["id"], "score": round(share, 4)})
+        return ids, segments
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -484,13 +469,11 @@ def segments(model, logits, height, width):
 
 
 @torch.no_grad()
-def predict(model, images, keys, args):
-    """Algorithm 2 on a list of images (H x W x 3, uint8): of each its ids and their certainty.
-    keys: what the noise of each belongs to, with args.seed. The same mask in any batch."""
-    image_latent = model.encode_pictures(images)  # B x c x h x w
-    noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
+def predict(model, samples, args):
+    """Algorithm 2 on samples (see `LDM.inputs`): of each its ids and their certainty."""
+    image_latent, (noise, _) = model.inputs(samples, args.seed)
     logits = model.decode(model.sample(image_latent, noise, args.steps))  # B x N x 4h x 4w
-    return [segments(model, l, *image.shape[:2]) for l, image in zip(logits, images)]
+    return [segments(model, l, *s["image"].shape[:2]) for l, s in zip(logits, samples)]
 
 
 def evaluate(model, dataset, find, args):
@@ -501,10 +484,8 @@ def evaluate(model, dataset, find, args):
     panoptic = pq.PanopticQuality(categories)
 
     def predict_batch(samples):
-        """Segments of one batch, and pictures of them."""
-        images = [sample["image"] for sample in samples]
-        maps = find(model, images, [sample["image_id"] for sample in samples], args)
-        for sample, image, (raw, certainty) in zip(samples, images, maps):
+        for sample, (raw, certainty) in zip(samples, find(model, samples, args)):
+            image = sample["image"]
             found = ae.keep(raw, certainty, model.settings["min_area"])
             if labels:
                 named = model.label(image, found)
@@ -554,28 +535,23 @@ def decay_groups(network):
     return [{"params": decaying}, {"params": norms, "weight_decay": 0.0}]
 
 
-def flags():
-    """The command line."""
-    parser = data.training_parser(__doc__)
-    add = parser.add_argument
-    add("--ae", help="checkpoint of stage 1 (default: ae.pt in --out)")
-    add("--loss_weight", choices=["linear", "snr", "none"], help="w_j of eq. 4")
-    add("--latent_scale", type=data.number(float, 1e-6), help="factor on the latents of maps")
-    add("--self_cond", type=data.fraction, help="share of samples with self-conditioning")
-    add("--micro_batch", type=data.positive, default=32, help="images at a time on each device")
-    add("--classes", action="store_true", help="train Table 2's classifier, and only that")
-    add("--given", type=data.fraction, default=0.0, help="share of samples with a partial map")
-    add("--distill", type=data.natural, default=0, help="passes by which the noise chooses ids")
-    add("--augment", type=data.amount, default=0.0, help="jitter, random scale, quarter turns")
-    parser.set_defaults(schedule="cosine", clip=1.0)  # clip: the authors'
-    return parser
-
-
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 2."""
-    args = data.parse(flags(), MODELS, argv, "ldm")
-    device = data.setup(args)
+    parser = data.training_parser(__doc__)
+    flag = parser.flag
+    flag("--ae", str, "checkpoint of stage 1 (default: ae.pt in --out)")
+    flag("--loss_weight", ["linear", "snr", "none"], "w_j of eq. 4")
+    flag("--latent_scale", data.number(float, 1e-6), "factor on the latents of maps")
+    flag("--self_cond", data.fraction, "share of samples with self-conditioning")
+    flag("--micro_batch", data.positive, "images at a time on each device", default=32)
+    flag("--classes", bool, "train Table 2's classifier, and only that")
+    flag("--given", data.fraction, "share of samples with a partial map", default=0.0)
+    flag("--distill", data.natural, "passes by which the noise chooses ids", default=0)
+    flag("--augment", data.amount, "jitter, random scale, quarter turns", default=0.0)
+    parser.set_defaults(schedule="cosine", clip=1.0)  # clip: the authors'
+    args = data.parse(parser, MODELS, argv, "ldm")
+    device, mixed = data.setup(args)
     # data, model, optimiser
     train_source, val_source = data.open_splits(args)
     model = start_model(args, train_source).to(device, memory_format=torch.channels_last)
@@ -584,10 +560,8 @@ def main(argv=None):
     val_set = ae.HeldOut(val_source, args.eval_images, args.crop)
     network = model.classifier if args.classes else model  # what is trained
     ddp = DistributedDataParallel(network) if world() > 1 else network
-    mixed = data.autocast(args, device)
 
     def validation():
-        """Figures and pictures of the held-out images."""
         with mixed:
             result = evaluate(model.eval(), val_set, predict, args)
         model.train()
@@ -610,7 +584,9 @@ def main(argv=None):
             eps = torch.randn(b, 4, side, side, device=device)  # B x 4 x h x w
             j = torch.randint(0, T, (b,), device=device)  # B timesteps
             conditioned = torch.rand(b, device=device) < args.self_cond
-            if args.distill:  # beyond the paper: a quarter is learnt where sampling begins
+            if (
+                args.distill and not args.classes
+            ):  # beyond the paper: a quarter where sampling begins
                 j[torch.rand(b, device=device) < 0.25] = T - 1
                 conditioned &= j < T - 1
                 with mixed, run.averaged():

@@ -67,60 +67,53 @@ def complete(model, image_latent, given, M, noise, steps):
     return z0
 
 
-def renamed(ids, given):
-    """Segments (H x W) get the given id (0 = unknown) that they cover most, one to one; given
-    pixels are pasted."""
-    return np.where(given > 0, given, diffusion.rename(ids, given, np.unique(given).tolist()))
+def renamed(found, given, min_area):
+    """Ids (H x W) and their certainty -> ids: a segment gets the given id (0 = unknown) that it
+    covers most, else an unused one. What is uncertain or small becomes void, given pixels stay."""
+    ids, certainty = found
+    of_ids, of_given, pixels = pq.overlaps(ids, given)
+    names = np.setdiff1d(np.arange(ids.max() + 1 + len(pixels)), of_given[of_given > 0])
+    for k in pixels.argsort():  # of several that a segment covers the last one stays
+        if of_ids[k] and of_given[k]:
+            names[of_ids[k]] = of_given[k]
+    return np.where(given > 0, given, ae.keep(names[ids], certainty, min_area))
 
 
-def complete_tiles(model, tiles, keys, args):
-    """Complete tiles (H x W x 4, int32: image and partial map of any ids): of each its ids, those
-    that are added above data.MAX_ID, and certainty."""
-    images, size = [tile[..., :3].astype(np.uint8) for tile in tiles], model.settings["size"]
-    num_ids, factor = model.autoencoder.num_ids, model.autoencoder.factor
-    partial = []  # of each a map in random ids 1..N-1, as in training, and {id: random id}
+def complete_tiles(model, tiles, args):
+    """Complete tiles (samples whose image is H x W x 4, int32: a picture and a partial map of any
+    ids): of each its ids, which are not yet the given ones, and their certainty."""
+    size, factor = model.settings["size"], model.autoencoder.factor
+    partial, samples = [], []  # maps in random ids 1..N-1, as in training
     for tile in tiles:
-        y, rng = tile[..., 3], np.random.default_rng(args.seed)
-        partial.append(data.relabel(y, data.describe(y), num_ids, rng))
-    image_latent = model.encode_pictures(images)  # B x c x h x w
-    given = np.stack([data.resize_ids(y, size, size) for y, _ in partial])
+        y, rng = tile["image"][..., 3], np.random.default_rng(args.seed)
+        partial.append(data.relabel(y, data.describe(y), model.autoencoder.num_ids, rng)[0])
+        samples.append(tile | {"image": tile["image"][..., :3].astype(np.uint8)})
+    image_latent, noise = model.inputs(samples, args.seed)
+    given = np.stack([data.resize_ids(y, size, size) for y in partial])
     given = torch.from_numpy(given).to(image_latent.device)  # B x S x S
     M = (F.avg_pool2d((given > 0).float()[:, None], factor) >= 0.5).float()  # B x 1 x h x w
-    noise = model.noise(args.seed, keys, image_latent)  # B x 4 x h x w
     if args.paper:
-        eps0 = model.noise(args.seed, [f"{key} known" for key in keys], image_latent)
-        z0 = inpaint(model, image_latent, model.encode(given), M, (noise, eps0), args.steps)
+        z0 = inpaint(model, image_latent, model.encode(given), M, noise, args.steps)
     else:
-        z0 = complete(model, image_latent, given, M, noise, args.steps)
+        z0 = complete(model, image_latent, given, M, noise[0], args.steps)
     found = []
-    for logits, (y, new_id) in zip(model.decode(z0), partial):
+    for logits, y in zip(model.decode(z0), partial):
         ids, certainty = diffusion.segments(model, logits, *y.shape)
-        if not args.paper:  # `complete` left the names to the noise
-            ids = renamed(ids, y)
-        names = data.MAX_ID + np.arange(max(ids.max() + 1, num_ids))
-        names[list(new_id.values())] = list(new_id)
-        names[0] = 0  # also of what was too much for the model
-        found.append((names[ids], certainty))
+        # pasted here, each given id covers pixels of its own alone, which is how `renamed` knows it
+        found.append((np.where(y > 0, y, ids) if args.paper else ids, certainty))
     return found
 
 
-def complete_batch(model, images, partial, keys, args):
-    """Complete partial id maps: lists of images (H x W x 3, uint8) and maps (H x W, any ids, 0 =
-    unknown) of any sizes -> list of H x W int32. Given pixels keep their ids, what the model adds
-    gets ids above them. args: steps, seed, votes, batch_size, paper."""
-    pairs = [np.dstack([image, y]) for image, y in zip(images, partial)]
-    found, results = sample.predict(model, pairs, keys, args, complete_tiles, data.MAX_ID), []
-    for y, (ids, certainty) in zip(partial, found):
-        ids = ae.keep(ids, certainty, model.settings["min_area"])
-        # tiles could not know which ids are above all that are given
-        ids = np.where(ids > data.MAX_ID, ids - data.MAX_ID + y.max(), ids)
-        results.append(np.where(y > 0, y, ids).astype(np.int32))
-    return results
+def complete_batch(model, samples, partial, args):
+    """Complete partial id maps (H x W, any ids, 0 = unknown) of samples (image, H x W x 3, uint8,
+    and image_id) -> list of H x W ids. Given pixels keep theirs, what the model adds gets unused
+    ones. args: steps, seed, votes, batch_size, paper."""
+    pairs = [s | {"image": np.dstack([s["image"], y])} for s, y in zip(samples, partial)]
+    found = sample.predict(model, pairs, args, complete_tiles)
+    return [renamed(one, y, model.settings["min_area"]) for one, y in zip(found, partial)]
 
 
 # ------------------------------------------------------------------------------------ evaluation
-
-
 def part_of(sample_, stuff, settings, args):
     """Part of a sample's id map (H x W, 0 = unknown): a click on each thing (whose category is not
     in `stuff`), or blocks. settings: the model's."""
@@ -151,15 +144,13 @@ def evaluate(model, dataset, args):
     stuff = [c["id"] for c in dataset.source.categories if not c["isthing"]]
 
     def complete_samples(samples):
-        """Completions of one batch, and pictures of them."""
-        images, keys = [s["image"] for s in samples], [s["image_id"] for s in samples]
         partial = [part_of(s, stuff, model.settings, args) for s in samples]
-        completed = complete_batch(model, images, partial, keys, args)
-        sampled = sample.find(model, images, keys, args)
+        completed = complete_batch(model, samples, partial, args)
+        sampled = sample.predict(model, samples, args)
         for s, y, done, other in zip(samples, partial, completed, sampled):
             # pixels that were not given, of segments that were
             to_find = (y == 0) & np.isin(s["ids"], y[y > 0])
-            maps = done, renamed(other, y), y
+            maps = done, renamed(other, y, model.settings["min_area"]), y
             counts.append([(ids == s["ids"])[to_find].sum() for ids in maps] + [to_find.sum()])
             for score, ids in zip(scores.values(), maps):
                 score.update(s, ids)
@@ -199,10 +190,8 @@ def complete_file(model, args):
     if given.shape != image.shape[:2]:
         size = f"{image.shape[1]} x {image.shape[0]}"
         raise BadInput(f"--mask {args.mask}: must have the image's size, {size}")
-    if given.max() > data.MAX_ID - (1 << 16):  # what is added gets ids above
-        raise BadInput(f"--mask {args.mask}: id {given.max()} leaves no room: count from 1")
     stem = Path(args.out, Path(args.image).stem)
-    [ids] = complete_batch(model, [image], [given], [stem.name], args)
+    [ids] = complete_batch(model, [{"image": image, "image_id": stem.name}], [given], args)
     data.write_id_png(f"{stem}_completed.png", ids)
     row = [image, data.colorize(given), data.overlay(image, ids)]
     page = data.sheet([row], ["image", "given", "completion"], cell=256)
@@ -214,32 +203,27 @@ def complete_file(model, args):
     return {"given": kept, "added": added, "segments_info": segments}
 
 
-def flags():
-    """The command line."""
-    parser = sample.sampling_parser(__doc__)
-    add = parser.add_argument
-    add("--steps", type=data.positive, help="sampling steps (default: as the checkpoint says)")
-    add("--drop", type=data.fraction, default=0.5, help="share of dropped blocks (%(default)s)")
-    add("--block", type=data.positive, default=8, help="side of a block in px (%(default)s)")
-    add("--click", type=data.positive, metavar="R", help="instead, clicks of this radius on things")
-    add("--sweep", action="store_true", help="drop 0.1..0.9 x blocks of 1/32..1/4 of the side")
-    add("--image", help="a picture of yours, with --mask")
-    add("--mask", help="its partial mask: id PNG of the same size, 0 = unknown")
-    return parser
-
-
 @data.command
 def main(argv=None):
     """Command line: complete dropped masks of a held-out set, or a user's mask."""
-    args = flags().parse_args(argv)
+    parser = sample.sampling_parser(__doc__)
+    flag = parser.flag
+    flag("--steps", data.positive, "sampling steps (default: as the checkpoint says)")
+    flag("--drop", data.fraction, "share of dropped blocks (%(default)s)", default=0.5)
+    flag("--block", data.positive, "side of a block in px (%(default)s)", default=8)
+    flag("--click", data.positive, "instead, clicks of this radius on things", metavar="R")
+    flag("--sweep", bool, "drop 0.1..0.9 x blocks of 1/32..1/4 of the side")
+    flag("--image", str, "a picture of yours, with --mask")
+    flag("--mask", str, "its partial mask: id PNG of the same size, 0 = unknown")
+    args = parser.parse_args(argv)
     if bool(args.image) != bool(args.mask):
         raise BadInput("--image and --mask belong together: give both")
     if world() > 1 or args.click and (args.sweep or args.image):
         raise BadInput("--click goes without --sweep and --image, and all without torchrun")
-    device = data.setup(args)
+    device, mixed = data.setup(args)
     model = sample.load(args.ckpt, device, args.paper, args.min_area)
     args.steps = args.steps or model.settings["steps"]
-    with data.autocast(args, device):
+    with mixed:
         if args.image:
             figures = complete_file(model, args)
         else:

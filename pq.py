@@ -164,7 +164,6 @@ def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
     pred_folders = [Path(pred_dir or str(pred).removesuffix(".json"))]
 
     def state_of(image_id):
-        """What one image adds."""
         what, quality = f"image {image_id}", PanopticQuality(categories)
         ids, segments = data.read_panoptic(*truth[image_id], gt_folders, what)
         other = np.zeros_like(ids), []  # no prediction: all is missed
@@ -183,13 +182,13 @@ def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
 def main(argv=None):
     """Command line: evaluate two COCO panoptic files, print the table."""
     parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--gt", required=True, help="COCO panoptic JSON of the truth")
-    add("--pred", required=True, help="COCO panoptic JSON of the prediction")
-    add("--gt_dir", help="its PNGs (default: the JSON's path without .json)")
-    add("--pred_dir", help="its PNGs (default: the JSON's path without .json)")
-    add("--class_agnostic", action="store_true", help="every category counts as one")
-    add("--json", help="also write the result, as fractions, to this file")
+    flag = parser.flag
+    flag("--gt", str, "COCO panoptic JSON of the truth", required=True)
+    flag("--pred", str, "COCO panoptic JSON of the prediction", required=True)
+    flag("--gt_dir", str, "its PNGs (default: the JSON's path without .json)")
+    flag("--pred_dir", str, "its PNGs (default: the JSON's path without .json)")
+    flag("--class_agnostic", bool, "every category counts as one")
+    flag("--json", str, "also write the result, as fractions, to this file")
     args = parser.parse_args(argv)
     result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic)
     print(line(["", "PQ", "SQ", "RQ", "n"]))
