@@ -380,7 +380,7 @@ def main(argv=None):
     data.say_once(f"stage 1 on {device} in {args.precision}")
 
     # training: eq. 2
-    batches = data.training_batches(train_set, run.left, args.batch_size, 1, args.num_workers)
+    batches = data.training_batches(train_set, run.left, args)
     for it, batch in zip(run.iterations(), batches):
         ids = batch["ids"].to(device)  # B x S x S
         with mixed:

@@ -521,15 +521,17 @@ class Training:
         return {"ids": ids, "given": given, "image": image.copy(), "classes": classes}
 
 
-def training_batches(dataset, iterations, batch_size, pieces=1, num_workers=0):
+def training_batches(dataset, iterations, args, pieces=1):
     """Batches of iterations: this rank's share in `pieces`, alike on any ranks. Raises BadInput."""
-    share, rest = divmod(batch_size, world() * pieces)
+    share, rest = divmod(args.batch_size, world() * pieces)
     if rest:
-        raise BadInput(f"--batch_size {batch_size}: give a multiple of {world()} x {pieces} pieces")
+        raise BadInput(
+            f"--batch_size {args.batch_size}: no multiple of {world()} x {pieces} pieces"
+        )
     firsts = [(it * world() + rank()) * pieces + k for it in iterations for k in range(pieces)]
     batches = [range(n * share, (n + 1) * share) for n in firsts]
-    pin = torch.cuda.is_available()
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin)
+    more = dict(num_workers=args.num_workers, pin_memory=torch.cuda.is_available())
+    return DataLoader(dataset, batch_sampler=batches, **more)
 
 
 # ==================================================================== what all scripts share
@@ -823,11 +825,13 @@ class Run:
 
     @contextlib.contextmanager
     def averaged(self):
-        """The averaged weights, if there are any, in the place of the weights for a while."""
+        """For a while no training, and the averaged weights, if any, in the place of the weights."""
         own = [p.data for p in self.weights]
         for p, average in zip(self.weights, self.average):
             p.data = average
+        self.model.eval()
         yield
+        self.model.train()
         for p, weight in zip(self.weights, own):
             p.data = weight
 

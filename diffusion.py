@@ -17,6 +17,7 @@ given, but for `connected` on data of instances.
 """
 
 import fnmatch
+import functools
 import itertools
 import operator
 import zlib
@@ -208,7 +209,6 @@ class LDM(nn.Module):
         """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
         x = torch.cat([zj, image_latent, self_cond], 1)
         x = x[:, : self.unet.config.in_channels]  # a model may have no self-conditioning
-        j = torch.as_tensor(j, device=zj.device).expand(len(zj))
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
     def begin_training(self, args, source):
@@ -560,13 +560,7 @@ def main(argv=None):
     val_set = ae.HeldOut(val_source, args.eval_images, args.crop)
     network = model.classifier if args.classes else model  # what is trained
     ddp = DistributedDataParallel(network) if world() > 1 else network
-
-    def validation():
-        with mixed:
-            result = evaluate(model.eval(), val_set, predict, args)
-        model.train()
-        return result
-
+    validation = mixed(functools.partial(evaluate, model, val_set, predict, args))
     run = data.Run("ldm", args, model, decay_groups(network), model.settings, validation)
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)  # T
     data.say_once(f"stage 2 on {device} in {args.precision}")
@@ -574,8 +568,7 @@ def main(argv=None):
     # training: Algorithm 1
     pieces = -(-args.batch_size // (world() * args.micro_batch))
     side, T = args.size // model.autoencoder.factor, model.ddim.T
-    stream = train_set, run.left, args.batch_size, pieces, args.num_workers
-    batches = iter(data.training_batches(*stream))
+    batches = iter(data.training_batches(train_set, run.left, args, pieces))
     for it in run.iterations():
         total = 0
         for batch in itertools.islice(batches, pieces):

@@ -105,7 +105,7 @@ class PanopticQuality:
 class Score:
     """Class-agnostic PQ, SQ and RQ over samples of data.py. Where all that is no instance is one
     background, they are those of the instances alone: matched with it, counted without it and the
-    segment that covers most of it. Then also ap50 = TP / (TP + FP + FN), pq_with_background."""
+    segment that covers most of it. Then also ap50 = TP / (TP + FP + FN)."""
 
     def __init__(self):
         self.everything = PanopticQuality()
@@ -114,8 +114,7 @@ class Score:
     def update(self, sample, found):
         """Add an id map (H x W, 0 = void) for a sample."""
         truth, segments, name = sample["ids"], sample["segments_info"], str(sample["file_name"])
-        own = data.describe(found)
-        self.everything.update(truth, segments, found, own, name)
+        own, quality = data.describe(found), self.everything
         if (background := sample.get("background_id")) is not None:
             back = [s["id"] for s in segments if s["category_id"] == background]
             covered = np.bincount(found[np.isin(truth, back)], minlength=found.max() + 1)
@@ -124,7 +123,8 @@ class Score:
             cover = most if 2 * covered[most] > (found == most).sum() else 0
             segments = [s | {"category_id": 1 + (s["id"] in back)} for s in segments]
             own = [s | {"category_id": 1 + (s["id"] == cover)} for s in own]
-            self.alone.update(truth, segments, found, own, name)
+            quality = self.alone
+        quality.update(truth, segments, found, own, name)
 
     def result(self):
         """The figures by name, as fractions, over all processes; None where there is nothing."""
@@ -132,8 +132,7 @@ class Score:
         if not alone["All"]["n"]:
             return {k: everything[k] for k in NAMES}
         rq = alone["Things"]["rq"]
-        more = {"ap50": rq and rq / (2 - rq), "pq_with_background": everything["pq"]}
-        return {k: alone["Things"][k] for k in NAMES} | more
+        return {k: alone["Things"][k] for k in NAMES} | {"ap50": rq and rq / (2 - rq)}
 
 
 def percent(figures):
