@@ -22,17 +22,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import pq
-from data import BadInput, rank, world
+from data import BadInput
 
 # Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-MODELS = {"sd": dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16)}
-MODELS["sd"] |= dict(lr=1e-4, schedule="constant")
-MODELS["small"] = dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32)
-MODELS["small"] |= dict(lr=2e-3, schedule="cosine")
+SD = dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16, lr=1e-4)
+SMALL = dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32, lr=2e-3)
+MODELS = {"sd": SD | {"schedule": "constant"}, "small": SMALL | {"schedule": "cosine"}}
 ENCODINGS = ["bits", "rgb", "onehot", "positional"]
 
 
@@ -283,14 +281,14 @@ class HeldOut:
 
     def __init__(self, source, limit=None, crop=0):
         self.source, self.crop, self.indices = source, crop, range(len(source))[:limit]
-        self.broken = []  # what is wrong with those left out
 
     def __len__(self):
         return len(self.indices)
 
     def __iter__(self):
-        self.broken.clear()
-        for index in tqdm(self.indices[rank() :: world()], leave=False, disable=rank() > 0):
+        self.broken = []  # what is wrong with those left out
+        own = self.indices[data.RANK :: data.WORLD]
+        for index in tqdm(own, leave=False, disable=data.RANK > 0):
             try:
                 sample = self.source[index]
             except BadInput as error:
@@ -372,7 +370,7 @@ def main(argv=None):
     val_set = HeldOut(val_source, args.eval_images, args.crop)
     points = max(256, round(12544 * (args.size / 512) ** 2))  # of each loss
     model = new_model(args).to(device, memory_format=torch.channels_last).train()
-    ddp = DistributedDataParallel(model) if world() > 1 else model
+    ddp = nn.parallel.DistributedDataParallel(model) if data.WORLD > 1 else model
     settings = {k: getattr(args, k) for k in (*data.STORED, "arch")}
     settings["autoencoder"] = model.settings
     validation = functools.partial(validate, model, val_set, args)
@@ -387,7 +385,7 @@ def main(argv=None):
             logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, B x 4 x h x w
         ce, mask, counts = segmentation_losses(logits, ids, *draw_points(logits, ids, points))
         # DDP averages the ranks' gradients
-        points_of_ce, segments = (data.reduce_sum(counts) / world()).clamp(min=1e-6)
+        points_of_ce, segments = (data.reduce_sum(counts) / data.WORLD).clamp(min=1e-6)
         loss = ce / points_of_ce + mask / segments + args.kl * kl_loss(mean, logvar)
         run.scaler.scale(loss).backward()
         run.step(it, loss)

@@ -43,6 +43,9 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
+RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun; 0 prints and writes
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
+
 # ------------------------------------------------------------------------------- built-in scenes
 
 KINDS = ("background", "ellipse", "rectangle", "triangle", "cross")  # category ids 1..5
@@ -523,15 +526,13 @@ class Training:
 
 def training_batches(dataset, iterations, args, pieces=1):
     """Batches of iterations: this rank's share in `pieces`, alike on any ranks. Raises BadInput."""
-    share, rest = divmod(args.batch_size, world() * pieces)
+    share, rest = divmod(args.batch_size, WORLD * pieces)
     if rest:
-        raise BadInput(
-            f"--batch_size {args.batch_size}: no multiple of {world()} x {pieces} pieces"
-        )
-    firsts = [(it * world() + rank()) * pieces + k for it in iterations for k in range(pieces)]
+        raise BadInput(f"--batch_size {args.batch_size}: no multiple of {WORLD} x {pieces} pieces")
+    firsts = [(it * WORLD + RANK) * pieces + k for it in iterations for k in range(pieces)]
     batches = [range(n * share, (n + 1) * share) for n in firsts]
-    more = dict(num_workers=args.num_workers, pin_memory=torch.cuda.is_available())
-    return DataLoader(dataset, batch_sampler=batches, **more)
+    pin = torch.cuda.is_available()
+    return DataLoader(dataset, batch_sampler=batches, num_workers=args.num_workers, pin_memory=pin)
 
 
 # ==================================================================== what all scripts share
@@ -649,21 +650,11 @@ def command(main):
 
 
 # ---------------------------------------------------------------------- processes, device, seeds
-def rank():
-    """Number of this process under torchrun; 0 is the one that prints and writes."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world():
-    """Number of processes under torchrun, else 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 @functools.cache
 def say_once(line):
     """Print a line once: on rank 0, beside progress bars, and in one of its loader's workers."""
     worker = getattr(get_worker_info(), "id", 0)
-    if rank() == worker == 0:
+    if RANK == worker == 0:
         tqdm.write(line, file=sys.stderr)
 
 
@@ -672,7 +663,7 @@ def setup(args):
     precision. auto is bf16 on a GPU that has it, fp16 on an older one. Raises BadInput."""
     name = args.device
     if name == "auto":
-        mps = torch.backends.mps.is_available() and world() == 1
+        mps = torch.backends.mps.is_available() and WORLD == 1
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
@@ -683,7 +674,7 @@ def setup(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-    if world() > 1:
+    if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if args.precision == "auto" and device.type == "cuda":
         args.precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
@@ -712,7 +703,7 @@ def reduce_sum(value):
 def write(path, content):
     """Write a PIL image as PNG, a checkpoint (*.pt), or JSON, on rank 0: beside `path`, then in its
     place, so that nobody sees half a file. Raises BadInput."""
-    if rank() > 0:
+    if RANK > 0:
         return
     path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -794,10 +785,10 @@ class Run:
 
     def iterations(self):
         """The iterations that are left. All that one draws follows from (seed, iteration, rank)."""
-        told = {"initial": self.left.start, "total": self.args.iters, "disable": rank() > 0}
+        told = {"initial": self.left.start, "total": self.args.iters, "disable": RANK > 0}
         self.bar = tqdm(self.left, unit="image", unit_scale=self.args.batch_size, **told)
         for it in self.bar:
-            torch.manual_seed(((self.args.seed * 1_000_003 + it) * 4096 + rank()) % 2**63)
+            torch.manual_seed(((self.args.seed * 1_000_003 + it) * 4096 + RANK) % 2**63)
             yield it
 
     def step(self, it, loss):
@@ -837,7 +828,7 @@ class Run:
 
     def log(self, iteration, **figures):
         """Append a line of JSON to STAGE_log.jsonl, on rank 0; iteration 0 begins it anew."""
-        if rank() == 0:
+        if RANK == 0:
             os.makedirs(self.args.out, exist_ok=True)
             with open(f"{self.path}_log.jsonl", "a" if iteration else "w") as file:
                 file.write(json.dumps({"iteration": iteration, **figures}) + "\n")
@@ -859,7 +850,7 @@ class Run:
             with self.averaged():
                 self.result = self.validate()
         figures, rows = self.result
-        if rank() == 0:
+        if RANK == 0:
             told = ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if v is not None)
             print(f"{told} -> {self.path}.png")
             write(f"{self.path}.png", sheet(rows, columns))

@@ -29,21 +29,19 @@ import torch.nn.functional as F
 import torchvision
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import ae
 import pq
-from data import BadInput, world
+from data import BadInput
 
 SD_SCALE = 0.18215  # Stable Diffusion's factor on its VAE's latents
 
 # Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-MODELS = {"sd": dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05)}
-MODELS["sd"] |= dict(prediction="epsilon", loss_weight="linear", latent_scale=SD_SCALE)
-MODELS["sd"] |= dict(self_cond=1.0, steps=50)
-MODELS["small"] = dict(size=64, iters=12_000, batch_size=32, lr=1e-3, weight_decay=0.01, ema=0.998)
-MODELS["small"] |= dict(prediction="v", loss_weight="none", latent_scale=0.36)
-MODELS["small"] |= dict(self_cond=0.5, steps=10)
+SD = dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05, self_cond=1.0)
+SD |= dict(prediction="epsilon", loss_weight="linear", latent_scale=SD_SCALE, steps=50)
+SMALL = dict(size=64, iters=12_000, batch_size=32, lr=1e-3, weight_decay=0.01, ema=0.998)
+SMALL |= dict(prediction="v", loss_weight="none", latent_scale=0.36, self_cond=0.5, steps=10)
+MODELS = {"sd": SD, "small": SMALL}
 # What a checkpoint's settings say, and what it means if they don't, as the authors' files.
 SETTINGS = dict(model="sd", data="data/coco", train_split="train2017", val_split="val2017")
 SETTINGS |= dict(size=512, crop=0, seed=0, prediction="epsilon")
@@ -212,7 +210,9 @@ class LDM(nn.Module):
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
     def begin_training(self, args, source):
-        """Take the settings of a training and say which weights it trains."""
+        """Take the settings of a training and say which weights it trains. Raises BadInput."""
+        if args.size % (4 * self.autoencoder.factor):
+            raise BadInput(f"--size {args.size}: no multiple of {4 * self.autoencoder.factor}")
         own = (*data.STORED, "distill", "given", "self_cond")
         self.settings |= {k: getattr(args, k) for k in own}
         self.settings["connected"] = bool(getattr(source, "background_id", None))
@@ -502,7 +502,9 @@ def evaluate(model, dataset, find, args):
 
 # --------------------------------------------------------------------------------------- training
 def new_model(args):
-    """The model that a training starts from. Raises BadInput."""
+    """The model that a training begins with: of --resume, of --ckpt or new. Raises BadInput."""
+    if path := f"{args.out}/ldm.pt" if args.resume else args.ckpt:
+        return load_ldm(path)
     autoencoder = ae.load_autoencoder(args.ae or f"{args.out}/ae.pt")
     sd, factor = args.model == "sd", autoencoder.factor
     image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae")) if sd else Pixels(factor)
@@ -513,16 +515,6 @@ def new_model(args):
     unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels) if sd else build_unet(small)
     settings = {k: getattr(args, k) for k in ("prediction", "latent_scale", "steps")}
     return LDM(autoencoder, image_encoder, unet, settings)
-
-
-def start_model(args, source):
-    """The model that a training goes on with: of --resume, of --ckpt or new. Raises BadInput."""
-    path = f"{args.out}/ldm.pt" if args.resume else args.ckpt
-    model = load_ldm(path) if path else new_model(args)
-    if args.size % (4 * model.autoencoder.factor):
-        raise BadInput(f"--size {args.size}: must be a multiple of {4 * model.autoencoder.factor}")
-    model.begin_training(args, source)
-    return model.train()
 
 
 def decay_groups(network):
@@ -554,19 +546,21 @@ def main(argv=None):
     device, mixed = data.setup(args)
     # data, model, optimiser
     train_source, val_source = data.open_splits(args)
-    model = start_model(args, train_source).to(device, memory_format=torch.channels_last)
+    model = new_model(args).train()
+    model.begin_training(args, train_source)
+    model.to(device, memory_format=torch.channels_last)
     more = dict(seed=args.seed, crop=args.crop, augment=args.augment, given=args.given)
     train_set = data.Training(train_source, args.size, model.autoencoder.num_ids, **more)
     val_set = ae.HeldOut(val_source, args.eval_images, args.crop)
     network = model.classifier if args.classes else model  # what is trained
-    ddp = DistributedDataParallel(network) if world() > 1 else network
+    ddp = nn.parallel.DistributedDataParallel(network) if data.WORLD > 1 else network
     validation = mixed(functools.partial(evaluate, model, val_set, predict, args))
     run = data.Run("ldm", args, model, decay_groups(network), model.settings, validation)
     loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)  # T
     data.say_once(f"stage 2 on {device} in {args.precision}")
 
     # training: Algorithm 1
-    pieces = -(-args.batch_size // (world() * args.micro_batch))
+    pieces = -(-args.batch_size // (data.WORLD * args.micro_batch))
     side, T = args.size // model.autoencoder.factor, model.ddim.T
     batches = iter(data.training_batches(train_set, run.left, args, pieces))
     for it in run.iterations():
@@ -577,9 +571,8 @@ def main(argv=None):
             eps = torch.randn(b, 4, side, side, device=device)  # B x 4 x h x w
             j = torch.randint(0, T, (b,), device=device)  # B timesteps
             conditioned = torch.rand(b, device=device) < args.self_cond
-            if (
-                args.distill and not args.classes
-            ):  # beyond the paper: a quarter where sampling begins
+            if args.distill and not args.classes:
+                # beyond the paper: a quarter is learnt where sampling begins
                 j[torch.rand(b, device=device) < 0.25] = T - 1
                 conditioned &= j < T - 1
                 with mixed, run.averaged():

@@ -28,7 +28,7 @@ import ae
 import diffusion
 import pq
 import sample
-from data import BadInput, world
+from data import BadInput
 
 
 @torch.no_grad()
@@ -218,7 +218,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.mask):
         raise BadInput("--image and --mask belong together: give both")
-    if world() > 1 or args.click and (args.sweep or args.image):
+    if data.WORLD > 1 or args.click and (args.sweep or args.image):
         raise BadInput("--click goes without --sweep and --image, and all without torchrun")
     device, mixed = data.setup(args)
     model = sample.load(args.ckpt, device, args.paper, args.min_area)

@@ -113,7 +113,7 @@ class Score:
 
     def update(self, sample, found):
         """Add an id map (H x W, 0 = void) for a sample."""
-        truth, segments, name = sample["ids"], sample["segments_info"], str(sample["file_name"])
+        truth, segments, name = sample["ids"], sample["segments_info"], sample["file_name"]
         own, quality = data.describe(found), self.everything
         if (background := sample.get("background_id")) is not None:
             back = [s["id"] for s in segments if s["category_id"] == background]

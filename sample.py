@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 import ae
 import diffusion
 import pq
-from data import BadInput, rank, world
+from data import BadInput
 
 OVERLAP = 0.25  # share of a tile's side that the next one sees too
 
@@ -214,12 +214,12 @@ def compare_steps(model, dataset, all_steps, args):
     results = {}
     for args.steps in all_steps:
         figures, rows = diffusion.evaluate(model, dataset, predict, args)
-        if rank() == 0:
+        if data.RANK == 0:
             if not results:
                 print(pq.line(["steps", *figures]))
             print(pq.line([args.steps, *figures.values()]), flush=True)
         results[args.steps] = figures
-    if rank() == 0:
+    if data.RANK == 0:
         data.write(f"{args.out}/sample.png", data.sheet(rows, diffusion.COLUMNS))
         if len(results) > 1:
             curve = [(steps, result["pq"] or 0) for steps, result in results.items()]
@@ -310,7 +310,7 @@ def main(argv=None):
     flag("--seeds", data.natural, "compare what these seeds give", nargs="+")
     flag("--trajectory", bool, "draw the estimates of z^0 over the steps")
     args = parser.parse_args(argv)
-    if world() > 1 and (args.images or args.seeds or args.trajectory):
+    if data.WORLD > 1 and (args.images or args.seeds or args.trajectory):
         raise BadInput("torchrun only evaluates: no --images, --seeds or --trajectory with it")
     if args.seeds and len(set(args.seeds)) < 2:
         raise BadInput("--seeds: give two or more")

@@ -260,9 +260,9 @@ def test_relabel_equals_a_lookup_of_each_pixel(capsys):
 def test_ranks_share_the_global_batch_in_pieces(monkeypatch):
     dataset, pieces = data.Training(data.Shapes("train", 16), 16, 8), []
     (whole,) = data.training_batches(dataset, [5], Namespace(batch_size=8, num_workers=1))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(data, "WORLD", 2)
+    for rank in range(2):
+        monkeypatch.setattr(data, "RANK", rank)
         pieces += data.training_batches(dataset, [5], Namespace(batch_size=8, num_workers=0), 2)
     assert torch.equal(torch.cat([p["ids"] for p in pieces]), whole["ids"])
 
@@ -1094,6 +1094,7 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(["inpaint"])
 def child(rank, setup, script, argv, world, port):
     """A script's main as one of the processes of torchrun."""
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+    data.RANK, data.WORLD = rank, world  # read on import
     setup()
     SCRIPTS[script].main(argv)
 
