@@ -53,11 +53,6 @@ def encode_ids(ids, num_ids, encoding="bits"):
     return x.float() * (ids != 0)
 
 
-def id_channels(num_ids, encoding):
-    """Number of channels of an encoding: bits log2 N, rgb 3, onehot N, positional 2 log2 N."""
-    return encode_ids(torch.zeros(1, 1, 1), num_ids, encoding).shape[1]
-
-
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
@@ -78,11 +73,11 @@ class Autoencoder(nn.Module):
         self.settings = dict(num_ids=num_ids, encoding=encoding, factor=factor, width=width)
         self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
         c = width // factor
+        channels = encode_ids(torch.zeros(1, 1, 1), num_ids, encoding).shape[1]
         # nn.Identity keeps the authors' numbering of layers, which their checkpoints use
-        layers = [conv3(id_channels(num_ids, encoding), c), nn.SiLU()]
+        layers = [conv3(channels, c), nn.SiLU()]
         while c < width:  # halve the sides, double the channels
-            down = conv3(c, 2 * c, stride=2)
-            layers += [conv3(c, c), down, nn.SiLU()]
+            layers += [conv3(c, c), conv3(c, 2 * c, stride=2), nn.SiLU()]
             c *= 2
         layers += [conv3(c, c), nn.Identity(), nn.GroupNorm(32, c, eps=1e-6), nn.SiLU()]
         self.encoder = nn.Sequential(*layers, conv3(c, 8))  # mean and log-variance of 4 channels
@@ -110,9 +105,8 @@ class Autoencoder(nn.Module):
 
 
 class SDAutoencoder(Autoencoder):
-    """Stable Diffusion's VAE in its place (Table 1), 84 M parameters: ids go in and N logits come
-    out through a new first and last layer, all others are the VAE's.
-    vae: a diffusers AutoencoderKL, or the config of one, which tells f and the widths."""
+    """Stable Diffusion's VAE in its place (Table 1), 84 M parameters, with a new first and last
+    layer. vae: a diffusers AutoencoderKL, or the config of one, which tells f and the widths."""
 
     def __init__(self, vae, num_ids, encoding, **unused):
         nn.Module.__init__(self)
@@ -120,7 +114,8 @@ class SDAutoencoder(Autoencoder):
             vae = AutoencoderKL(**vae)
         config, first, last = dict(vae.config), vae.encoder, vae.decoder
         channels = config["block_out_channels"]
-        first.conv_in = conv3(id_channels(num_ids, encoding), channels[0])
+        code = encode_ids(torch.zeros(1, 1, 1), num_ids, encoding)  # 1 x C x 1 x 1
+        first.conv_in = conv3(code.shape[1], channels[0])
         last.conv_out = conv3(channels[0], num_ids)
         self.encoder = nn.Sequential(first, vae.quant_conv)
         self.decoder = nn.Sequential(vae.post_quant_conv, last)
@@ -136,8 +131,7 @@ def vae_config(block_out_channels, **more):
 
 
 def load_sd(name, part):
-    """Stable Diffusion's "unet" or "vae", of a hub id or folder; "none": 1.4's shapes, untrained.
-    Raises BadInput."""
+    """Stable Diffusion's "unet" or "vae" of --sd; "none": 1.4's, untrained. Raises BadInput."""
     if name == "none":
         vae = vae_config([128, 256, 512, 512], layers_per_block=2)
         return UNet2DConditionModel() if part == "unet" else AutoencoderKL(**vae)
@@ -159,8 +153,7 @@ def release_shape(weights):
 
 
 def load_autoencoder(path):
-    """Checkpoint of stage 1, or the stage 1 in one of stage 2, ours or the authors' -> Autoencoder
-    in eval mode on the CPU. Raises BadInput."""
+    """The autoencoder in a checkpoint of either stage, ours or the authors'. Raises BadInput."""
     content = data.load(path)
     prefix = "autoencoder." if content["kind"] == "ldm" else ""
     with data.reading(path, "checkpoint whose weights fit its settings"):
@@ -202,8 +195,7 @@ def segments_of(ids, num_ids):
 
 @torch.no_grad()
 def draw_points(logits, ids, count):
-    """Points where the logits (B x N x h x w) are least certain: for CE, B x count x 2, and for the
-    masks of the K segments, K x count x 2."""
+    """Uncertain points for CE, B x count x 2, and for the K segments' masks, K x count x 2."""
     own = logits[segments_of(ids, logits.shape[1])][:, None]  # K x 1 x h x w
     own = torch.cat([own, torch.zeros_like(own)], 1)  # what is not the mask has logit 0
     return uncertain_points(logits, count), uncertain_points(own, count)
@@ -261,9 +253,8 @@ def keep(ids, certainty, min_area=None, threshold=0.5):
 
 
 def connected(ids):
-    """Make parts of a segment that do not touch segments of their own: H x W ids -> int32, 0: void.
-    The largest stays whole: others may cut a background into pieces. Beyond the paper, for data
-    whose objects are in one piece."""
+    """Beyond the paper, for objects in one piece: parts of a segment (H x W ids) that do not touch
+    become segments of their own. The largest, a background, stays whole."""
     largest = np.bincount(ids[ids > 0], minlength=1).argmax()
     parts, top = Image.fromarray(ids.astype(np.int32)), int(ids.max())
     count = top
@@ -309,7 +300,7 @@ def evaluate(dataset, predict, batch_size):
         for sample, (found, pictures) in zip(batch, predict(batch)):
             score.update(sample, found)
             rows += [[sample["image"], *pictures]] if len(rows) < 6 else []
-    return {"images": len(dataset), **pq.percent(score.result())}, rows
+    return {"images": len(dataset), **score.result()}, rows
 
 
 @torch.no_grad()

@@ -171,8 +171,8 @@ def to_rgb(image):
 
 
 def read_image(path, size=None):
-    """Any picture -> H x W x 3 uint8, upright as its EXIF says, or unturned if only so it has the
-    size (width, height) that an annotation gives. Raises BadInput."""
+    """Any picture -> H x W x 3 uint8, turned as its EXIF says, or unturned if only so it has the
+    size (width, height) of its annotation. Raises BadInput."""
     with reading(path, "picture"), Image.open(path, formats=FORMATS) as image:
         for turned in (ImageOps.exif_transpose(image), image):  # turns that keep the size count too
             if size in (None, turned.size):
@@ -234,8 +234,7 @@ def files_by_name(*folders):
 
 
 def find_file(name, folders, where):
-    """A file that a JSON names: where its path leads from a folder, else the only one of its bare
-    name below the first two. Raises BadInput."""
+    """A file that a JSON names: there, or the only one of its bare name. Raises BadInput."""
     path = PureWindowsPath(str(name))  # separated by / or \
     for folder in folders:
         file = folder / path.as_posix()  # isfile: False for a name that no file can have
@@ -326,10 +325,7 @@ class Folder:
     def __len__(self):
         return len(self.items)
 
-    def __getitem__(self, index):
-        return self.sample(index)
-
-    def sample(self, index, image=True):
+    def __getitem__(self, index, image=True):
         """Sample `index` and all that the JSON says of it, its image only where wanted; `left_out`:
         the objects that have no usable outline. Raises BadInput if it can't be used."""
         info, name, objects = json.loads(self.items[index])
@@ -384,8 +380,7 @@ def runs(ids):
 def areas(ids):
     """{id: pixels} of an id map (H x W), by ascending id, without 0."""
     known, place, length = runs(ids)
-    pixels = np.bincount(place, length).astype(int).tolist()
-    return {i: area for i, area in zip(known, pixels) if i}
+    return {i: n for i, n in zip(known, np.bincount(place, length).astype(int).tolist()) if i}
 
 
 def describe(ids):
@@ -419,7 +414,7 @@ def relabel(ids, segments_info, num_ids, rng, min_area=1):
 
 
 def crop_sample(sample, side, rng):
-    """A random square of `side` pixels; beyond a picture its edge goes on, as in sample.py's tiles."""
+    """A random square of `side` pixels; beyond a picture its edge goes on, as in `sample.cut`."""
     ids, image = sample["ids"], sample["image"]
     starts = [rng.integers(max(n - side, 0) + 1) for n in ids.shape]
     rows, columns = (np.arange(k, k + side).clip(max=n - 1) for k, n in zip(starts, ids.shape))
@@ -489,7 +484,7 @@ class Training:
         order = np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
         for index in np.roll(order, -n):
             try:
-                return self.source.sample(index, self.images)
+                return self.source.__getitem__(index, self.images)
             except BadInput as error:
                 line = str(error)
                 say_once(f"note: {line}; the next one takes its place (data.py --check names all)")
@@ -554,10 +549,17 @@ amount, fraction = number(float, 0), number(float, 0, 1)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
+    """A script's command line. doc: its docstring; out: default of --out. Errors are BadInput."""
+
+    def __init__(self, doc, out=None):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.flag("--json", str, "also write the figures to this file")
+        if out:  # all but pq.py
+            self.flag("--data", str, "'shapes' or a COCO folder (default: as --ckpt, or data/coco)")
+            self.flag("--seed", natural, "of everything random (default %(default)s)", default=0)
+            self.flag("--out", str, "folder to write to (default %(default)s)", default=out)
 
     def error(self, message):
-        """What argparse calls on a wrong flag."""
         raise BadInput(message)
 
     def flag(self, name, kind, meaning, **more):
@@ -571,20 +573,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(name, help=meaning, **more)
 
 
-def new_parser(doc, out):
-    """A parser with the flags of all scripts."""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.flag
-    flag("--data", str, "'shapes' or a folder in COCO layout (default: as --ckpt, or data/coco)")
-    flag("--seed", natural, "of everything random (default %(default)s)", default=0)
-    flag("--out", str, "folder to write to (default %(default)s)", default=out)
-    flag("--json", str, "also write the printed figures to this file")
-    return parser
-
-
 def training_parser(doc):
     """A parser with the flags of both trainings; what has no default here has it from --model."""
-    parser = new_parser(doc, "checkpoints")
+    parser = Parser(doc, "checkpoints")
     flag, sd = parser.flag, "CompVis/stable-diffusion-v1-4"
     flag("--model", ["sd", "small"], "the paper's, or from scratch on a laptop (sd)")
     flag("--sd", str, "Stable Diffusion: hub id, folder with unet/ and vae/, or 'none'", default=sd)
@@ -638,7 +629,11 @@ def command(main):
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         try:
-            return main(argv)
+            main(argv)
+            if dist.is_initialized():
+                dist.barrier()  # rank 0 may still write
+                dist.destroy_process_group()
+            return
         except torch.OutOfMemoryError:
             line = "out of memory: give a smaller --batch_size, or --micro_batch in stage 2"
         except (BadInput, OSError) as error:  # a loader's worker puts its traceback in front
@@ -684,13 +679,6 @@ def setup(args):
     return device, torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def leave():
-    """Wait for the other processes and part from them."""
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 may still write
-        dist.destroy_process_group()
-
-
 def reduce_sum(value):
     """Sum of a tensor or NumPy array over all processes, as a tensor."""
     total = torch.as_tensor(value).clone()
@@ -701,8 +689,7 @@ def reduce_sum(value):
 
 # --------------------------------------------------------------------- checkpoints and trainings
 def write(path, content):
-    """Write a PIL image as PNG, a checkpoint (*.pt), or JSON, on rank 0: beside `path`, then in its
-    place, so that nobody sees half a file. Raises BadInput."""
+    """Write a PIL image, checkpoint (*.pt) or JSON on rank 0, never half of it. Raises BadInput."""
     if RANK > 0:
         return
     path, temporary = Path(path), Path(f"{path}.tmp")
@@ -816,7 +803,7 @@ class Run:
 
     @contextlib.contextmanager
     def averaged(self):
-        """For a while no training, and the averaged weights, if any, in the place of the weights."""
+        """For a while no training, and the averaged weights, if any, in place of the weights."""
         own = [p.data for p in self.weights]
         for p, average in zip(self.weights, self.average):
             p.data = average
@@ -860,7 +847,6 @@ class Run:
                 plot(f"{self.path}_loss.png", {"loss": [*losses.items()]}, "iteration", "loss")
             if self.args.json:
                 write(self.args.json, figures)
-        leave()
 
 
 # --------------------------------------------------------------------------------------- pictures
@@ -929,7 +915,7 @@ def faults(source):
 @command
 def main(argv=None):
     """Command line: write a sheet of images and their segments, or check a folder."""
-    parser = new_parser(__doc__, "out")
+    parser = Parser(__doc__, "out")
     parser.flag("--split", str, "(default %(default)s)", default="train2017")
     parser.flag("--check", bool, "exit code 1 if anything is broken")
     args = parser.parse_args(argv)

@@ -53,10 +53,11 @@ COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
 # ------------------------------------------------------------------------------ the DDIM scheduler
 class DDIM:
     """Noise schedule and deterministic sampler (Song et al. 2021; eq. 3 and 5), Stable Diffusion's.
-    prediction: what the network estimates, "epsilon" (the paper) or, beyond it, "v"."""
+    prediction: what the network estimates, "epsilon" (the paper) or, beyond it, "v"; release: the
+    authors' timesteps, which begin lower where `steps` does not divide T."""
 
-    def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012):
-        self.prediction, self.T = prediction, 1000
+    def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012, release=False):
+        self.prediction, self.release, self.T = prediction, release, 1000
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, self.T) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)  # T, float32
 
@@ -88,13 +89,14 @@ class DDIM:
         eps = (zj - a * z0) / b
         return self.add_noise(z0, eps, max(j_prev, 0))
 
-    def timesteps(self, steps, release=False):
-        """`steps` equidistant timesteps down from T-1; release: from where the authors' begin,
-        which is lower if `steps` does not divide T. Raises BadInput outside of 1..T."""
+    def timesteps(self, steps):
+        """Equidistant timesteps down from T-1, each with the next, the last with -1; the `steps` are
+        1..T. Raises BadInput."""
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
-        stride = self.T // steps if release else self.T / steps
-        return [round((i + 1) * stride) - 1 for i in reversed(range(steps))]
+        stride = self.T // steps if self.release else self.T / steps
+        timesteps = [round((i + 1) * stride) - 1 for i in reversed(range(steps))]
+        return list(zip(timesteps, [*timesteps[1:], -1]))
 
     def loss_weights(self, kind):
         """w_j of eq. 4, T floats. linear: 1, falling to 0 over the lowest quarter of j (the paper);
@@ -106,8 +108,7 @@ class DDIM:
 
 # ------------------------------------------------------------------------------------ the networks
 class Pixels(nn.PixelUnshuffle):
-    """Image latent without a network (--model small): f x f pixels become 3 f^2 channels.
-    B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
+    """Image latent without a network: B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
 
     def __init__(self, factor):
         super().__init__(factor)
@@ -115,8 +116,7 @@ class Pixels(nn.PixelUnshuffle):
 
 
 class SDEncoder(nn.Module):
-    """Image latent from Stable Diffusion's VAE: the mode of its Gaussian, times 0.18215.
-    config: an AutoencoderKL's; or vae: one with its weights."""
+    """Image latent by Stable Diffusion's VAE: its mode, times 0.18215. vae, or config of one."""
 
     def __init__(self, scale=SD_SCALE, vae=None, **config):
         super().__init__()
@@ -151,8 +151,7 @@ def small_unet_config(in_channels, latent_size, channels=48):
 
 
 def grow_conv_in(unet, in_channels):
-    """Stable Diffusion's UNet with more input channels (4.1): [z: its weights, image and self_cond:
-    zeros], without cross-attention."""
+    """Stable Diffusion's UNet: zero weights for image and self_cond, without cross-attention."""
     grown = build_unet({**unet.config, "in_channels": in_channels})
     weights = unet.state_dict()
     zeros = (0, 0, 0, 0, 0, in_channels - 4)  # how many before and after, from the last axis on
@@ -175,7 +174,8 @@ class LDM(nn.Module):
         self.settings |= dict(autoencoder=autoencoder.settings, unet=dict(unet.config))
         s = self.settings
         self.scale = s["latent_scale"]
-        self.ddim = DDIM(s["prediction"], s["beta_start"], s["beta_end"])
+        release = s["postprocess"] == "release"
+        self.ddim = DDIM(s["prediction"], s["beta_start"], s["beta_end"], release)
 
     def encode(self, ids):
         """y (B x H x W ids) -> z (B x 4 x h x w)."""
@@ -190,9 +190,8 @@ class LDM(nn.Module):
         return self.image_encoder(images.float() / 127.5 - 1).float()
 
     def inputs(self, samples, seed):
-        """What sampling begins with. samples: dicts of image (H x W x 3, uint8, any size), image_id.
-        Gives image_latent (B x c x h x w) and noise, two of B x 4 x h x w, which belongs to the seed
-        and each image_id, whatever batch it comes in."""
+        """Samples (dicts of image: H x W x 3, uint8; image_id) -> image_latent (B x c x h x w) and
+        noise, two of B x 4 x h x w, which belongs to seed and image_id, in whatever batch."""
         squares = [data.resize_image(s["image"], self.settings["size"]) for s in samples]
         images = torch.from_numpy(np.stack(squares)).to(self.unet.device)  # B x S x S x 3
         image_latent = self.encode_image(images.permute(0, 3, 1, 2))
@@ -266,7 +265,7 @@ class LDM(nn.Module):
         """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a segmentation.
         trace: a list that receives the estimate of z^0 after each step."""
         z, self_cond = noise, torch.zeros_like(noise)
-        for j, j_prev in self.schedule(steps):
+        for j, j_prev in self.ddim.timesteps(steps):
             output = self.denoise(z, image_latent, self_cond, j)
             z0 = self.ddim.remove_noise(z, output, j)
             z = self.ddim.step(z, z0, j, j_prev)  # eq. 5
@@ -275,15 +274,9 @@ class LDM(nn.Module):
                 trace.append(z0)
         return z0
 
-    def schedule(self, steps):
-        """Pairs of a timestep and the next, the last -1."""
-        timesteps = self.ddim.timesteps(steps, self.settings["postprocess"] == "release")
-        return list(zip(timesteps, [*timesteps[1:], -1]))
-
     def likeliest(self, z0, given=None):
         """Latent (B x 4 x h x w) -> the likeliest id of each pixel (B x S x S); given ones stay."""
-        size = self.settings["size"]
-        ids = F.interpolate(self.decode(z0), size, mode="bilinear").argmax(1)
+        ids = F.interpolate(self.decode(z0), self.settings["size"], mode="bilinear").argmax(1)
         return ids if given is None else torch.where(given > 0, given.long(), ids)
 
     def known(self, given):
@@ -295,8 +288,9 @@ class LDM(nn.Module):
 
     @torch.no_grad()
     def label(self, image, ids, merge=True):
-        """Ids (H x W) of an image (H x W x 3, uint8) -> ids and segments_info: with a classifier
-        with category_id and score, and `merge` makes the segments of a stuff category one."""
+        """Ids (H x W) of an image (H x W x 3, uint8) -> ids, segments_info. With a classifier: the
+        category of most of its pixels, their share as score; merge: one segment a stuff category.
+        """
         if self.classifier is None:
             return ids, data.describe(ids)
         size, crop = self.settings["size"], self.settings["crop"]
@@ -304,7 +298,18 @@ class LDM(nn.Module):
         sides = [max(8, round(n * size / (crop or n))) for n in ids.shape]
         x = torch.tensor(image, device=self.unet.device).permute(2, 0, 1)[None].float()
         x = F.interpolate(x, sides, mode="bilinear", antialias=True)
-        return self.classifier.label(self.classifier.logits(x)[0], ids, merge)
+        classes, _ = ae.argmax(self.classifier.logits(x)[0], *ids.shape)  # H x W
+        area, found, first, segments = data.areas(ids), {}, {}, []
+        pairs = zip(*pq.overlaps(ids, classes))
+        for i, k, pixels in sorted(pairs, key=operator.itemgetter(2)):  # the largest come last
+            found[i] = self.classifier.categories[k], pixels / area.get(i, 1)
+        for i, (category, _) in found.items():
+            if merge and i and not category["isthing"]:
+                ids = np.where(ids == i, first.setdefault(category["id"], i), ids)
+        for s in data.describe(ids):
+            category, share = found[s["id"]]
+            segments.append(s | {"category_id": category["id"], "score": round(share, 4)})
+        return ids, segments
 
 
 # --------------------------------------- beyond the paper: one pass, by ids that the noise chooses
@@ -335,9 +340,8 @@ def noise_chooses(model, ids, image_latent, noise, passes):
 
 # -------------------------------------------------------------- a classifier of the masks (Table 2)
 class Classifier(nn.Module):
-    """Labels proposals (4.2, Table 2): DeepLabv3's head gives class logits of the image, a proposal
-    gets the category that most of its pixels have. `forward` is the training loss.
-    categories: list of {id, name, isthing}; model: "sd" has a ResNet-50, "small" four layers."""
+    """For labels of the masks (4.2, Table 2): DeepLabv3's head on a ResNet-50 (sd) or four layers
+    (small). `forward` is the training loss. categories: list of {id, name, isthing}."""
 
     def __init__(self, categories, model, pretrained=False):
         super().__init__()
@@ -360,29 +364,11 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x))
 
     def forward(self, batch, *noise):
-        """Cross-entropy of the cells, a cell's truth being that of its top left pixel.
-        noise: what `LDM.forward` takes too, of no use here."""
+        """Cross-entropy of the cells, whose truth is their top left pixel's; noise is not used."""
         logits = self.logits(batch["image"])  # B x C x h x w
         ids = F.interpolate(batch["ids"][:, None].float(), logits.shape[2:])  # B x 1 x h x w
         truth = batch["classes"].gather(1, ids.flatten(1).long())  # B x hw, -1 = none
         return F.cross_entropy(logits.flatten(2).float(), truth, ignore_index=-1)
-
-    def label(self, logits, ids, merge=True):
-        """Class logits (C x h x w) and ids (H x W) -> ids, segments_info with category_id and score,
-        the share of its pixels. merge: proposals of a stuff category are one segment, as in COCO.
-        """
-        classes, _ = ae.argmax(logits, *ids.shape)  # H x W
-        area, found, first, segments = data.areas(ids), {}, {}, []
-        pairs = zip(*pq.overlaps(ids, classes))
-        for i, k, pixels in sorted(pairs, key=operator.itemgetter(2)):  # the largest come last
-            found[i] = self.categories[k], pixels / area.get(i, 1)
-        for i, (category, _) in found.items():
-            if merge and i and not category["isthing"]:
-                ids = np.where(ids == i, first.setdefault(category["id"], i), ids)
-        for s in data.describe(ids):
-            category, share = found[s["id"]]
-            segments.append(s | {"category_id": category["id"], "score": round(share, 4)})
-        return ids, segments
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -436,14 +422,14 @@ def from_release(content, path):
     return {"settings": settings, "weights": weights}
 
 
-def load_ldm(path):
-    """Checkpoint of stage 2, ours or the authors' -> LDM in eval mode on the CPU. Nothing in it is
-    executed, nothing is downloaded. Raises BadInput."""
+def load_ldm(path, **changes):
+    """A checkpoint of stage 2, ours or the authors', executing nothing in it, with `changes` of its
+    settings. Raises BadInput."""
     content = data.load(path, "ldm", "release_ldm")
     with data.reading(path, "checkpoint whose weights fit its settings"):
         if content["kind"] == "release_ldm":
             content = from_release(content, path)
-        s = content["settings"]
+        s = content["settings"] | changes
         kind = Pixels if "factor" in s["image_encoder"] else SDEncoder
         classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
         parts = ae.build(s["autoencoder"]), kind(**s["image_encoder"]), build_unet(s["unet"])
@@ -454,10 +440,9 @@ def load_ldm(path):
 
 # ------------------------------------------------------------------------- sampling and evaluation
 def segments(model, logits, height, width):
-    """Logits (N x h x w) of an image -> ids (height x width, int32, 0 = void) and their certainty,
-    before the threshold and the least area.
-    The authors' evaluation goes through the training size, and voids segments that hold less than
-    half of the pixels where their own sigmoid is over 0.5."""
+    """Logits (N x h x w) of an image -> ids (height x width, 0 = void) and their certainty. The
+    authors' evaluation goes through the training size, and voids segments that hold less than half
+    of the pixels where their own sigmoid is over 0.5."""
     if release := model.settings["postprocess"] == "release":
         logits = ae.resize(logits, model.settings["size"], model.settings["size"])
     ids, certainty = ae.argmax(logits, height, width)
@@ -477,8 +462,7 @@ def predict(model, samples, args):
 
 
 def evaluate(model, dataset, find, args):
-    """`ae.evaluate` of what `find` gives, which is called like `predict`.
-    With a classifier of these categories also PQ over them: pq_classes, pq_things, pq_stuff."""
+    """`ae.evaluate` of `find`, called like `predict`; with a classifier also PQ by class."""
     categories = dataset.source.categories
     labels = model.settings.get("categories") == categories
     panoptic = pq.PanopticQuality(categories)
@@ -488,8 +472,7 @@ def evaluate(model, dataset, find, args):
             image = sample["image"]
             found = ae.keep(raw, certainty, model.settings["min_area"])
             if labels:
-                named = model.label(image, found)
-                panoptic.update(sample["ids"], sample["segments_info"], *named)
+                panoptic.update(sample["ids"], sample["segments_info"], *model.label(image, found))
             yield found, [data.overlay(image, ids) for ids in (raw, found, sample["ids"])]
 
     figures, rows = ae.evaluate(dataset, predict_batch, args.batch_size)

@@ -37,7 +37,7 @@ def inpaint(model, image_latent, known, M, noise, steps):
     known: B x 4 x h x w; M: B x 1 x h x w, 1 = given; noise: two of B x 4 x h x w, where sampling
     begins and what the given cells are noised with."""
     (z, eps0), self_cond = noise, torch.zeros_like(known)
-    for j, j_prev in model.schedule(steps):
+    for j, j_prev in model.ddim.timesteps(steps):
         z = M * model.ddim.add_noise(known, eps0, j) + (1 - M) * z  # given cells: noised to j
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
@@ -51,12 +51,11 @@ def complete(model, image_latent, given, M, noise, steps):
     """The default, beyond the paper: B x 4 x h x w, from given ids (B x S x S).
     They are first renamed after what the model makes of this noise by itself. Then Algorithm 3, but
     the given part is told to the network from the start, where it looks for its last estimate
-    (trained by diffusion.py --given), and pasted into each estimate's pixels. M, noise: as in
-    `inpaint`, but the same noise for all."""
+    (trained by diffusion.py --given), and pasted into each estimate's pixels. One noise for all."""
     given = diffusion.noise_chooses(model, given, image_latent, noise, steps)  # B x S x S
     known, cells = model.known(given)  # cells: those with any given pixel
     z, self_cond = noise, cells * known
-    for j, j_prev in model.schedule(steps):
+    for j, j_prev in model.ddim.timesteps(steps):
         z = M * model.ddim.add_noise(known, noise, j) + (1 - M) * z
         output = model.denoise(z, image_latent, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
@@ -105,9 +104,8 @@ def complete_tiles(model, tiles, args):
 
 
 def complete_batch(model, samples, partial, args):
-    """Complete partial id maps (H x W, any ids, 0 = unknown) of samples (image, H x W x 3, uint8,
-    and image_id) -> list of H x W ids. Given pixels keep theirs, what the model adds gets unused
-    ones. args: steps, seed, votes, batch_size, paper."""
+    """Complete partial id maps (H x W, any ids, 0 = unknown) of samples (see `LDM.inputs`) -> list
+    of H x W ids. Given ids are kept. args: steps, seed, votes, batch_size, paper."""
     pairs = [s | {"image": np.dstack([s["image"], y])} for s, y in zip(samples, partial)]
     found = sample.predict(model, pairs, args, complete_tiles)
     return [renamed(one, y, model.settings["min_area"]) for one, y in zip(found, partial)]
@@ -131,8 +129,7 @@ def part_of(sample_, stuff, settings, args):
         pixels = np.argwhere(ids == i)  # P x 2
         # the pixel nearest to its centre, which may itself lie outside
         middle = pixels[np.linalg.norm(pixels - pixels.mean(0), axis=1).argmin()]
-        near = np.linalg.norm(pixels - middle, axis=1) <= args.click
-        given[tuple(pixels[near].T)] = i
+        given[tuple(pixels[np.linalg.norm(pixels - middle, axis=1) <= args.click].T)] = i
     return given
 
 
@@ -160,13 +157,12 @@ def evaluate(model, dataset, args):
     *right, unknown = np.sum(counts, 0).tolist()  # over all images
     figures, what = {}, f"drop {args.drop} block {args.block}"
     for (name, score), pixels in zip(scores.items(), right):
-        figures[name] = pq.percent(score.result())
-        figures[name]["id_accuracy"] = 100 * pixels / max(unknown, 1)
+        figures[name] = score.result() | {"id_accuracy": 100 * pixels / max(unknown, 1)}
     print(pq.line([f"click {args.click}" if args.click else what, *figures["input"]], 12))
     for name, row in figures.items():
         print(pq.line([name, *row.values()], 12), flush=True)
-    page = data.sheet(rows, ["image", "given", "completion", "truth"])
-    data.write(f"{args.out}/inpaint.png", page)
+    captions = ["image", "given", "completion", "truth"]
+    data.write(f"{args.out}/inpaint.png", data.sheet(rows, captions))
     return figures
 
 

@@ -9,7 +9,6 @@ unique. Per category, averaged over the categories that occur,
 With categories void and crowds follow COCO's panoptic API; class-agnostic, every crowd is ignored.
 """
 
-import argparse
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -39,8 +38,7 @@ def places(ids, segments):
 
 
 class PanopticQuality:
-    """Accumulates matches over images, and in `result` over processes. categories: COCO's list of
-    {id, isthing}; None is class-agnostic."""
+    """Matches over images and processes. categories: COCO's list, None: class-agnostic."""
 
     def __init__(self, categories=None):
         self.agnostic = categories is None
@@ -57,8 +55,7 @@ class PanopticQuality:
         return np.array([void, *rows])
 
     def update(self, gt, gt_segments, pred, pred_segments, what="image"):
-        """Add an image: H x W integer id maps, 0 = void, and lists of {id, category_id[, iscrowd]}
-        of all their ids. Raises BadInput, naming `what`."""
+        """Add an image: id maps (H x W, 0 = void), segments_info. Raises BadInput about `what`."""
         if gt.shape != pred.shape:
             raise BadInput(f"{what}: the prediction is {pred.shape} pixels, the truth {gt.shape}")
         gt_row, pred_row = self.rows(-1, gt_segments, what), self.rows(-2, pred_segments, what)
@@ -86,8 +83,7 @@ class PanopticQuality:
         np.add.at(self.state, (gt_row[false_negative], 3), 1)
 
     def result(self):
-        """PQ, SQ, RQ as fractions in the panoptic API's layout: All, Things, Stuff (with n
-        categories; None where that is 0) and per_class."""
+        """Fractions in the panoptic API's layout; None where a group has no category (n = 0)."""
         iou, tp, fp, fn = data.reduce_sum(self.state).numpy().T
         found = np.maximum(tp + fp / 2 + fn / 2, 0.5)  # 0 only where nothing is, and all are 0
         figures = np.stack([iou / found, iou / np.maximum(tp, 1), tp / found], 1)  # C x 3
@@ -127,16 +123,16 @@ class Score:
         quality.update(truth, segments, found, own, name)
 
     def result(self):
-        """The figures by name, as fractions, over all processes; None where there is nothing."""
+        """The figures by name, in percent, over all processes; None where there is nothing."""
         everything, alone = self.everything.result()["All"], self.alone.result()
         if not alone["All"]["n"]:
-            return {k: everything[k] for k in NAMES}
-        rq = alone["Things"]["rq"]
-        return {k: alone["Things"][k] for k in NAMES} | {"ap50": rq and rq / (2 - rq)}
+            return percent({k: everything[k] for k in NAMES})
+        things, rq = alone["Things"], alone["Things"]["rq"]
+        return percent({k: things[k] for k in NAMES} | {"ap50": rq and rq / (2 - rq)})
 
 
 def percent(figures):
-    """The figures of `Score.result` in percent, as tables and JSON have them."""
+    """Figures by name in percent, as tables and JSON have them."""
     return {k: None if v is None else 100 * v for k, v in figures.items()}
 
 
@@ -180,14 +176,13 @@ def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
 @data.command
 def main(argv=None):
     """Command line: evaluate two COCO panoptic files, print the table."""
-    parser = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = data.Parser(__doc__)
     flag = parser.flag
     flag("--gt", str, "COCO panoptic JSON of the truth", required=True)
     flag("--pred", str, "COCO panoptic JSON of the prediction", required=True)
     flag("--gt_dir", str, "its PNGs (default: the JSON's path without .json)")
     flag("--pred_dir", str, "its PNGs (default: the JSON's path without .json)")
     flag("--class_agnostic", bool, "every category counts as one")
-    flag("--json", str, "also write the result, as fractions, to this file")
     args = parser.parse_args(argv)
     result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic)
     print(line(["", "PQ", "SQ", "RQ", "n"]))

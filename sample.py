@@ -40,12 +40,10 @@ def load(path=None, device="cpu", paper=False, min_area=None):
         if not path.is_file():
             path = Path(__file__).parent / "assets" / "shapes.pt"
             data.say_once("no checkpoints/ldm.pt yet: using the shipped assets/shapes.pt")
-    model = diffusion.load_ldm(path).to(device, memory_format=torch.channels_last)
-    if paper:
-        model.settings |= {"postprocess": "paper", "connected": False}
+    changes = {"postprocess": "paper", "connected": False} if paper else {}
     if min_area is not None:
-        model.settings["min_area"] = min_area
-    return model
+        changes["min_area"] = min_area
+    return diffusion.load_ldm(path, **changes).to(device, memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------- tiles and votes (beyond the paper)
@@ -85,8 +83,7 @@ def name_after(others, ids, used):
 
 
 def stitch(found, shape):
-    """Join what was found tile by tile: {(top, left): (ids, certainty)} -> ids (H x W, int32) and
-    certainty. shape: H, W."""
+    """Join tiles: {(top, left): (ids, certainty)} -> ids and certainty of the whole, of a shape."""
     whole, certainty = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
     backgrounds = []  # the largest segment of each tile
     for (top, left), (ids, sure) in found.items():
@@ -109,8 +106,7 @@ def stitch(found, shape):
 
 
 def consensus(found):
-    """Several samples of one picture (ids and certainty of each) -> one, by majority of each pixel:
-    ids (H x W, int32) and the mean certainty of the majority."""
+    """Several samples of a picture (ids, certainty) -> one: of each pixel what most say."""
     maps, used = [], 0
     for ids, _ in found:
         maps.append(name_after(maps, ids, used))
@@ -123,10 +119,9 @@ def consensus(found):
 
 
 def predict(model, samples, args, draw=diffusion.predict):
-    """Segments by Algorithm 2 of samples (dicts of image, H x W x 3, uint8, and image_id): of each
-    ids (H x W, int32) and certainty. A model that was trained on crops sees larger pictures in
-    tiles of that size. args: steps, seed, votes, batch_size; draw: in place of `diffusion.predict`,
-    for images of any channels."""
+    """`diffusion.predict` in tiles, where the model was trained on crops, and with votes: of each
+    sample ids (H x W, int32) and certainty. args: steps, seed, votes, batch_size; draw: in place of
+    `diffusion.predict`, for images of any channels."""
     cuts = [cut(s["image"], model.settings["crop"]) for s in samples]
     tiles, drawn, results = [], [], []
     for (s, of_image), vote in itertools.product(zip(samples, cuts), range(args.votes)):
@@ -160,9 +155,8 @@ def segment(model, image, steps=None, seed=0, threshold=0.5, votes=1):
 
 # ---------------------------------------------------------------------------- picture files
 class Pictures:
-    """--images, a file or a folder, as a source of samples. image_id: a number where the stem is
-    one, else the stem, or the name where a stem is there again. Raises BadInput if there is none.
-    """
+    """--images, a file or a folder, as a source of samples. image_id: the stem, a number if it is
+    one, or the name if a stem is there again. Raises BadInput if there is none."""
 
     def __init__(self, path):
         path, formats, found = Path(path), Image.registered_extensions(), {}
@@ -185,8 +179,8 @@ class Pictures:
 
 
 def segment_files(model, dataset, args):
-    """--images: writes predictions.json (COCO panoptic), predictions/ID.png and overlays/ID.png.
-    Raises BadInput at the end if a picture could not be read."""
+    """--images: writes predictions.json (COCO panoptic), predictions/ID.png, overlays/ID.png.
+    Raises BadInput, at the end, if one could not be read."""
     images, annotations, samples = [], [], iter(dataset)
     while batch := list(itertools.islice(samples, args.batch_size)):
         for s, ids in zip(batch, find(model, batch, args)):
@@ -267,7 +261,7 @@ def draw_trajectory(model, samples, args):
     rows, captions = [[tile["image"]] for tile in tiles], ["image"]
     columns = min(len(trace), 8)  # more could not be made out
     for i in np.linspace(0, len(trace) - 1, columns).round().astype(int):
-        captions.append(f"j = {model.schedule(args.steps)[i][0]}")
+        captions.append(f"j = {model.ddim.timesteps(args.steps)[i][0]}")
         for row, logits in zip(rows, model.decode(trace[i])):
             ids, _ = diffusion.segments(model, logits, *row[0].shape[:2])
             row.append(data.overlay(row[0], ids))
@@ -278,7 +272,7 @@ def draw_trajectory(model, samples, args):
 # ------------------------------------------------------------------------------- command line
 def sampling_parser(doc):
     """A parser with the flags of sample.py and inpaint.py; what is not given is as in --ckpt."""
-    parser = data.new_parser(doc, "out")
+    parser = data.Parser(doc, "out")
     flag = parser.flag
     flag("--ckpt", str, "of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
     flag("--split", str, "(default: the validation split that the checkpoint names)")
@@ -296,8 +290,7 @@ def open_split(model, args):
     """The held-out images of the flags, else of the checkpoint. Raises BadInput."""
     s = model.settings
     folder, split = args.data or s["data"], args.split or s["val_split"]
-    source = data.open_data(folder, split, s["size"], s["seed"])
-    return ae.HeldOut(source, args.limit)
+    return ae.HeldOut(data.open_data(folder, split, s["size"], s["seed"]), args.limit)
 
 
 @data.command
@@ -330,7 +323,6 @@ def main(argv=None):
             figures = compare_steps(model, samples, all_steps, args)
     if args.json:
         data.write(args.json, figures)
-    data.leave()
 
 
 if __name__ == "__main__":
