@@ -257,8 +257,8 @@ def draw_trajectory(model, samples, args):
     """Fig. S4: the estimates of z^0 over the steps, decoded; of a tiled picture the first tile."""
     tiles = [s | {"image": cut(s["image"], model.settings["crop"])[0, 0]} for s in samples]
     image_latent, (noise, _) = model.inputs(tiles, args.seed)
-    model.sample(image_latent, noise, args.steps, trace := [])
-    rows, captions = [[tile["image"]] for tile in tiles], ["image"]
+    rows, captions, trace = [[tile["image"]] for tile in tiles], ["image"], []
+    model.sample(image_latent, noise, args.steps, trace)
     columns = min(len(trace), 8)  # more could not be made out
     for i in np.linspace(0, len(trace) - 1, columns).round().astype(int):
         captions.append(f"j = {model.ddim.timesteps(args.steps)[i][0]}")
@@ -312,7 +312,10 @@ def main(argv=None):
     all_steps = args.steps or [model.settings["steps"]]
     args.steps = all_steps[-1]  # for what compares none
     with mixed:
-        samples = ae.HeldOut(Pictures(args.images)) if args.images else open_split(model, args)
+        if args.images:
+            samples = ae.HeldOut(Pictures(args.images), args.limit)
+        else:
+            samples = open_split(model, args)
         if args.trajectory:
             draw_trajectory(model, list(itertools.islice(samples, 4)), args)
         if args.seeds:
