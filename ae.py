@@ -288,8 +288,8 @@ class HeldOut:
                 continue
             rng = np.random.default_rng((index, self.crop))
             yield data.crop_sample(sample, self.crop, rng) if self.crop else sample
-        if len(self.broken) == len(self):
-            raise BadInput(f"none of {len(self)} images can be used, the first: {self.broken[0]}")
+        if data.RANK == 0 and len(own) == len(self.broken):
+            raise BadInput(f"none of {len(own)} images can be used, the first: {self.broken[0]}")
 
 
 def evaluate(dataset, predict, batch_size):

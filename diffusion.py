@@ -57,6 +57,7 @@ class DDIM:
     authors' timesteps, which begin lower where `steps` does not divide T."""
 
     def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012, release=False):
+        assert prediction in ("epsilon", "v")
         self.prediction, self.release, self.T = prediction, release, 1000
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, self.T) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)  # T, float32
@@ -90,8 +91,8 @@ class DDIM:
         return self.add_noise(z0, eps, max(j_prev, 0))
 
     def timesteps(self, steps):
-        """Equidistant timesteps down from T-1, each with the next, the last with -1; the `steps` are
-        1..T. Raises BadInput."""
+        """So many equidistant timesteps (1..T), down from T-1, each with the next one, the last with
+        -1. Raises BadInput."""
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
         stride = self.T // steps if self.release else self.T / steps
@@ -299,16 +300,16 @@ class LDM(nn.Module):
         x = torch.tensor(image, device=self.unet.device).permute(2, 0, 1)[None].float()
         x = F.interpolate(x, sides, mode="bilinear", antialias=True)
         classes, _ = ae.argmax(self.classifier.logits(x)[0], *ids.shape)  # H x W
-        area, found, first, segments = data.areas(ids), {}, {}, []
-        pairs = zip(*pq.overlaps(ids, classes))
-        for i, k, pixels in sorted(pairs, key=operator.itemgetter(2)):  # the largest come last
-            found[i] = self.classifier.categories[k], pixels / area.get(i, 1)
-        for i, (category, _) in found.items():
-            if merge and i and not category["isthing"]:
-                ids = np.where(ids == i, first.setdefault(category["id"], i), ids)
+        categories, most, first, segments = self.classifier.categories, {}, {}, []
+        for i, k, _ in sorted(zip(*pq.overlaps(ids, classes)), key=operator.itemgetter(2)):
+            most[i] = k  # the class with the most pixels comes last
+        for i in data.areas(ids):
+            if merge and not categories[most[i]]["isthing"]:
+                ids = np.where(ids == i, first.setdefault(most[i], i), ids)
         for s in data.describe(ids):
-            category, share = found[s["id"]]
-            segments.append(s | {"category_id": category["id"], "score": round(share, 4)})
+            k = most[s["id"]]
+            score = round((classes[ids == s["id"]] == k).mean().item(), 4)
+            segments.append(s | {"category_id": categories[k]["id"], "score": score})
         return ids, segments
 
 
@@ -323,7 +324,7 @@ def rename(ids, other):
             name[of_ids[k]] = of_other[k]
     unused = (n for n in itertools.count() if n not in name.values())
     name |= dict(zip(sorted(set(of_ids) - name.keys()), unused))
-    return np.array([name.get(i, 0) for i in range(ids.max() + 1)])[ids]
+    return np.array([name.get(i, 0) for i in range(int(ids.max()) + 1)])[ids]
 
 
 @torch.no_grad()
@@ -368,7 +369,8 @@ class Classifier(nn.Module):
         logits = self.logits(batch["image"])  # B x C x h x w
         ids = F.interpolate(batch["ids"][:, None].float(), logits.shape[2:])  # B x 1 x h x w
         truth = batch["classes"].gather(1, ids.flatten(1).long())  # B x hw, -1 = none
-        return F.cross_entropy(logits.flatten(2).float(), truth, ignore_index=-1)
+        total = F.cross_entropy(logits.flatten(2), truth, ignore_index=-1, reduction="sum")
+        return total / (truth >= 0).sum().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------- checkpoints
@@ -462,7 +464,7 @@ def predict(model, samples, args):
 
 
 def evaluate(model, dataset, find, args):
-    """`ae.evaluate` of `find`, called like `predict`; with a classifier also PQ by class."""
+    """`ae.evaluate` of `find`, called like `predict`; with a classifier also PQ with classes."""
     categories = dataset.source.categories
     labels = model.settings.get("categories") == categories
     panoptic = pq.PanopticQuality(categories)
@@ -475,7 +477,8 @@ def evaluate(model, dataset, find, args):
                 panoptic.update(sample["ids"], sample["segments_info"], *model.label(image, found))
             yield found, [data.overlay(image, ids) for ids in (raw, found, sample["ids"])]
 
-    figures, rows = ae.evaluate(dataset, predict_batch, args.batch_size)
+    at_once = vars(args).get("micro_batch", args.batch_size)  # in training on each device
+    figures, rows = ae.evaluate(dataset, predict_batch, at_once)
     if labels:
         result = panoptic.result()
         groups = {"pq_classes": "All", "pq_things": "Things", "pq_stuff": "Stuff"}

@@ -67,15 +67,18 @@ def complete(model, image_latent, given, M, noise, steps):
 
 
 def renamed(found, given, min_area):
-    """Ids (H x W) and their certainty -> ids: a segment gets the given id (0 = unknown) that it
-    covers most, else an unused one. What is uncertain or small becomes void, given pixels stay."""
+    """Ids (H x W) and their certainty -> ids, int32: a segment gets the given id (0 = unknown) that
+    it covers most, else an unused one. Uncertain and small ones become void, given pixels stay."""
     ids, certainty = found
     of_ids, of_given, pixels = pq.overlaps(ids, given)
+    area = data.areas(given)
     names = np.setdiff1d(np.arange(ids.max() + 1 + len(pixels)), of_given[of_given > 0])
     for k in pixels.argsort():  # of several that a segment covers the last one stays
-        if of_ids[k] and of_given[k]:
+        # less than a twentieth of what is given of an id is a click that touches its surroundings
+        if of_ids[k] and pixels[k] >= 0.05 * area.get(of_given[k], np.inf):
             names[of_ids[k]] = of_given[k]
-    return np.where(given > 0, given, ae.keep(names[ids], certainty, min_area))
+    ids = np.where(given > 0, given, ae.keep(names[ids], certainty, min_area))
+    return ids.astype(np.int32)
 
 
 def complete_tiles(model, tiles, args):

@@ -179,8 +179,7 @@ class Pictures:
 
 
 def segment_files(model, dataset, args):
-    """--images: writes predictions.json (COCO panoptic), predictions/ID.png, overlays/ID.png.
-    Raises BadInput, at the end, if one could not be read."""
+    """--images: writes predictions.json (COCO panoptic), predictions/ID.png, overlays/ID.png."""
     images, annotations, samples = [], [], iter(dataset)
     while batch := list(itertools.islice(samples, args.batch_size)):
         for s, ids in zip(batch, find(model, batch, args)):
@@ -196,9 +195,6 @@ def segment_files(model, dataset, args):
     content = {"images": images, "annotations": annotations, "categories": categories}
     data.write(f"{args.out}/predictions.json", content)
     print(f"{len(images)} pictures -> {args.out}/predictions.json and overlays/")
-    if dataset.broken:  # only now: what could be read is written
-        lost = f"{len(dataset.broken)} of {len(dataset)} pictures left out"
-        raise BadInput(f"{lost}, the first: {dataset.broken[0]}")
     return {"images": len(images)}
 
 
@@ -276,7 +272,7 @@ def sampling_parser(doc):
     flag = parser.flag
     flag("--ckpt", str, "of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
     flag("--split", str, "(default: the validation split that the checkpoint names)")
-    flag("--limit", data.positive, "only the first so many images of the split")
+    flag("--limit", data.positive, "only so many images, the first")
     flag("--min_area", data.natural, "segments of fewer pixels become void")
     flag("--votes", data.positive, "sample so often (default %(default)s)", default=1)
     flag("--paper", bool, "the algorithm exactly as printed")
@@ -326,6 +322,9 @@ def main(argv=None):
             figures = compare_steps(model, samples, all_steps, args)
     if args.json:
         data.write(args.json, figures)
+    if args.images and samples.broken:  # only now: what could be read is written
+        lost = f"{len(samples.broken)} of {len(samples)} pictures left out"
+        raise BadInput(f"{lost}, the first: {samples.broken[0]}")
 
 
 if __name__ == "__main__":

@@ -993,7 +993,7 @@ def test_rename_is_one_to_one_by_overlap():
 
 
 def test_the_noise_chooses_the_ids_of_a_map(tiny):
-    ids = torch.from_numpy(np.stack([s["ids"] for s in scenes(2)]))
+    ids = torch.from_numpy(np.stack([s["ids"] for s in scenes(2)])).byte() + 252  # N = 256
     tiny.likeliest = lambda z0: ids % 7 + 1  # a sample that shows the truth in other ids
     noise, x = torch.randn(2, 4, 8, 8), torch.zeros(2, 48, 8, 8)
     exact(diffusion.noise_chooses(tiny, ids, x, noise, 1), (ids % 7 + 1).long())
@@ -1068,7 +1068,10 @@ def test_completion_in_tiles_keeps_given_ids_and_pixels(shipped, paper):
 def test_found_segments_get_the_given_id_that_they_cover_most_or_an_unused_one():
     found, given = row("1111222333305"), row("0055050880500")
     done = inpaint.renamed((found, np.ones((1, 13))), given, 0)
-    assert np.array_equal(done, row("5555555888506"))
+    assert np.array_equal(done, row("5555555888506")) and done.dtype == np.int32
+    found, given = row("1" * 30 + "2" * 30), row("0" * 29 + "7" * 29 + "00")  # one pixel strays
+    done = inpaint.renamed((found, np.ones((1, 60))), given, 0)
+    assert np.array_equal(done, row("1" * 29 + "7" * 31))
 
 
 def test_a_stroke_gives_an_object_its_id(shipped):
