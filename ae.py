@@ -6,10 +6,8 @@
     python ae.py --arch sd_vae                            # Stable Diffusion's VAE instead (Table 1)
     python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: PQ of the reconstruction
 
-Symbols (paper section 3): y id map, N number of ids, z = E(y) the latent, f the resizing factor,
-y_hat = D(z) logits. Writes to --out: ae.pt, ae_state.pt (to --resume), ae_log.jsonl, ae.png,
-ae_loss.png.
-"""
+Symbols (section 3): y id map, N number of ids, z = E(y) its latent, y_hat = D(z) logits, f the
+resizing factor. Writes to --out: ae.pt, ae_state.pt (to --resume), ae_log.jsonl, two pictures."""
 
 import functools
 import itertools
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.models.convnext import LayerNorm2d
 from tqdm import tqdm
 
 import pq
@@ -32,6 +31,7 @@ SD = dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=1
 SMALL = dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32, lr=2e-3)
 MODELS = {"sd": SD | {"schedule": "constant"}, "small": SMALL | {"schedule": "cosine"}}
 ENCODINGS = ["bits", "rgb", "onehot", "positional"]
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 # ------------------------------------------------------------------------------------- the model
@@ -53,17 +53,6 @@ def encode_ids(ids, num_ids, encoding="bits"):
     return x.float() * (ids != 0)
 
 
-conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of B x C x H x W."""
-
-    def forward(self, x):
-        """B x C x H x W -> B x C x H x W."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class Autoencoder(nn.Module):
     """The shallow autoencoder ("Architectural Design"); 2.02 M parameters at the paper's setting.
     num_ids: N, a power of two up to 256; factor: f, 8 or 4; width: channels at the bottleneck."""
@@ -83,7 +72,7 @@ class Autoencoder(nn.Module):
         self.encoder = nn.Sequential(*layers, conv3(c, 8))  # mean and log-variance of 4 channels
         layers = [conv3(4, c), nn.Identity()]
         for _ in range(2):
-            layers += [nn.ConvTranspose2d(c, c, 2, stride=2), ChannelNorm(c, eps=1e-6), nn.SiLU()]
+            layers += [nn.ConvTranspose2d(c, c, 2, stride=2), LayerNorm2d(c, eps=1e-6), nn.SiLU()]
         layers += [nn.GroupNorm(32, c, eps=1e-5), nn.SiLU()]
         self.decoder = nn.Sequential(*layers, conv3(c, num_ids))
 
@@ -174,9 +163,8 @@ def sample_at(x, points, mode="bilinear"):
 def uncertain_points(logits, count):
     """PointRend's points: of 3 x count uniform ones the 75% x count least certain, where the two
     largest logits (B x C x h x w) are closest, and 25% x count uniform ones: B x count x 2 in 0..1.
-    The logits are sampled first, then comes how certain they are: between a cell of logit +1 and
-    one of -1 lies the boundary, at 0. A map of certainties made first has 1 on both sides, and
-    sampling it misses the boundary."""
+    Logits are sampled, and not a map of how certain they are: between a cell of logit +1 and one of
+    -1 lies the boundary, at 0, which a map of certainties misses: it has 1 on both sides."""
     points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
     first, second = sample_at(logits, points).topk(2, dim=1).values.unbind(1)  # B x 3 count
     keep = int(0.75 * count)
@@ -257,11 +245,10 @@ def connected(ids):
     become segments of their own. The largest, a background, stays whole."""
     largest = np.bincount(ids[ids > 0], minlength=1).argmax()
     parts, top = Image.fromarray(ids.astype(np.int32)), int(ids.max())
-    count = top
+    unused = itertools.count(top + 1)
     for y, x in np.argwhere((ids > 0) & (ids != largest)).tolist():
         if parts.getpixel((x, y)) <= top:  # of no part so far
-            count += 1
-            ImageDraw.floodfill(parts, (x, y), count)
+            ImageDraw.floodfill(parts, (x, y), next(unused))
     return np.asarray(parts)
 
 
@@ -369,8 +356,7 @@ def main(argv=None):
     data.say_once(f"stage 1 on {device} in {args.precision}")
 
     # training: eq. 2
-    batches = data.training_batches(train_set, run.left, args)
-    for it, batch in zip(run.iterations(), batches):
+    for it, batch in zip(run.iterations(), data.training_batches(train_set, run.left, args)):
         ids = batch["ids"].to(device)  # B x S x S
         with mixed:
             logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, B x 4 x h x w

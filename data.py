@@ -17,8 +17,7 @@ Everything random has a stream of its own, so that each part repeats whatever th
     scene (seed, crc32 of the split, index)     order of an epoch (seed, 1, epoch)
     training sample n (seed, 2, n)              ids in an evaluation (seed, 3, image_id)
     dropped blocks (seed, 4, image_id)          noise to sample from: crc32 of seed and image_id
-    points, noise, timesteps: torch.manual_seed of (seed, iteration, rank); new weights: of seed
-"""
+    points, noise, timesteps: torch.manual_seed of (seed, iteration, rank); new weights: of seed"""
 
 import argparse
 import contextlib
@@ -47,7 +46,6 @@ RANK = int(os.environ.get("RANK", 0))  # of this process under torchrun; 0 print
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 
 # ------------------------------------------------------------------------------- built-in scenes
-
 KINDS = ("background", "ellipse", "rectangle", "triangle", "cross")  # category ids 1..5
 
 
@@ -88,13 +86,12 @@ def shape_mask(rng, kind, x, y):
     cx, cy = rng.uniform(0.1, 0.9, 2)  # its centre
     along, across = turned(x - cx, y - cy, angle, radius)
     u, v = np.abs(along), across / rng.uniform(0.65, 1)
-    if kind == 1:
-        return u * u + v * v < 0.8
-    if kind == 2:
-        return np.maximum(u, np.abs(v)) < 0.75
-    if kind == 3:
-        return (v > -0.6) & (1.732 * u + v < 1.1)
-    return (np.minimum(u, np.abs(v)) < 0.3) & (np.maximum(u, np.abs(v)) < 0.95)
+    larger, smaller = np.maximum(u, np.abs(v)), np.minimum(u, np.abs(v))
+    ellipse = u * u + v * v < 0.8
+    rectangle = larger < 0.75
+    triangle = (v > -0.6) & (1.732 * u + v < 1.1)
+    cross = (smaller < 0.3) & (larger < 0.95)
+    return (ellipse, rectangle, triangle, cross)[kind - 1]
 
 
 @dataclass
@@ -135,7 +132,6 @@ class Shapes:
 
 
 # ---------------------------------------------------------------------- reading pictures and JSON
-
 # On some formats Pillow would run other programs. It refuses pictures of over 179 million pixels.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000")
 MAX_ID = (1 << 24) - 1  # of a panoptic PNG
@@ -165,8 +161,7 @@ def to_rgb(image):
         values = np.nan_to_num(np.asarray(image, np.float64), posinf=0).clip(0)
         image = Image.fromarray((values * (255 / (values.max() or 1))).astype(np.uint8))
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
 
 
@@ -197,7 +192,7 @@ def read_id_png(path, listed=()):
 
 def write_id_png(path, ids):
     """Write H x W ids below 2^24 as a panoptic PNG."""
-    write(path, Image.fromarray(ids.astype("<i4")[..., None].view(np.uint8)[..., :3]))
+    write(path, ids.astype("<i4")[..., None].view(np.uint8)[..., :3])
 
 
 def read_coco(path, panoptic):
@@ -243,8 +238,7 @@ def find_file(name, folders, where):
     # Cityscapes' converter says X_gtFine_leftImg8bit.png for CITY/X_leftImg8bit.png
     found = files_by_name(*folders[:2])[path.name.replace("_gtFine_", "_")]
     if len(found) != 1:
-        told = f"leads to {len(found)} files below {folders[0]}"
-        raise BadInput(f"{where}: file_name {name!r:.80} {told}, not to one")
+        raise BadInput(f"{where}: {name!r:.80} leads to {len(found)} files below {folders[0]}")
     return found[0]
 
 
@@ -326,32 +320,33 @@ class Folder:
         return len(self.items)
 
     def __getitem__(self, index, image=True):
-        """Sample `index` and all that the JSON says of it, its image only where wanted; `left_out`:
-        the objects that have no usable outline. Raises BadInput if it can't be used."""
+        """Sample `index` and all that the JSON says of it, its image only where wanted; `faults`: a
+        line for each part of it that is left out. Raises BadInput if it can't be used."""
         info, name, objects = json.loads(self.items[index])
-        where, left_out = f"{self.json}: image {info['id']}", []
+        where = f"{self.json}: image {info['id']}"
         if self.panoptic:
             ids, segments = read_panoptic(name, objects, self.pngs, where)
+            faults = [f"segment {s['id']} has no pixel" for s in segments if not s["area"]]
         else:
             with reading(where, "entry with width and height"):
-                ids, segments, left_out = self.paint(objects, info["width"], info["height"])
+                ids, segments, faults = self.paint(objects, info["width"], info["height"])
         sample = info | {"ids": ids, "segments_info": segments, "image_id": info["id"]}
-        sample |= {"background_id": self.background_id, "left_out": left_out, "image": None}
+        sample |= {"background_id": self.background_id, "faults": faults, "image": None}
         if image:
             file = find_file(info.get("file_name"), self.pictures, where)
             sample["image"] = read_image(file, ids.shape[::-1])
         return sample
 
     def paint(self, objects, width, height):
-        """Ids, segments_info, objects left out: from large to small, crowds beneath all."""
-        layers, left_out = [], []
+        """Ids, segments_info, what is left out: from large to small, crowds beneath all."""
+        layers, faults = [], []
         for o in objects:
             try:
                 lengths = outline_runs(o["segmentation"], height, width)  # outside, inside, ...
                 layers.append((not o["iscrowd"], -lengths[1::2].sum(), lengths, o))
             except Exception:  # what people write there can fail in any way
                 say_once(f"note: {self.json}: objects without a usable outline are left out")
-                left_out.append(o.get("id"))
+                faults.append(f"object {o.get('id')} has no usable outline")
         ids = np.ones(width * height, np.int32)  # by columns
         kinds = [{"category_id": self.background_id, "iscrowd": 0}]  # of segment 1, 2, ...
         for _, _, lengths, o in sorted(layers, key=operator.itemgetter(0, 1)):
@@ -360,7 +355,7 @@ class Folder:
             for begin, end in zip(ends[::2], ends[1::2]):
                 ids[begin:end] = len(kinds)
         ids = ids.reshape(width, height).T
-        return ids, [s | kinds[s["id"] - 1] for s in describe(ids)], left_out
+        return ids, [s | kinds[s["id"] - 1] for s in describe(ids)], faults
 
 
 def open_data(name, split, size=64, seed=0):
@@ -385,8 +380,7 @@ def areas(ids):
 
 def describe(ids):
     """segments_info of an id map (H x W), by ascending id, of category 1."""
-    more = {"category_id": 1, "iscrowd": 0}
-    return [{"id": i, "area": area, **more} for i, area in areas(ids).items()]
+    return [{"id": i, "area": n, "category_id": 1, "iscrowd": 0} for i, n in areas(ids).items()]
 
 
 def resize_ids(ids, height, width):
@@ -546,6 +540,7 @@ def number(kind, low, high=2**32 - 1):
 
 positive, natural = number(int, 1), number(int, 0)
 amount, fraction = number(float, 0), number(float, 0, 1)
+STORED = ("model", "data", "train_split", "val_split", "size", "crop", "seed")  # in a checkpoint
 
 
 class Parser(argparse.ArgumentParser):
@@ -613,9 +608,6 @@ def parse(parser, models, argv, stage):
     return parser.parse_args(argv)
 
 
-STORED = ("model", "data", "train_split", "val_split", "size", "crop", "seed")
-
-
 def open_splits(args):
     """The sources of --train_split and --val_split. Raises BadInput."""
     size, splits = args.crop or args.size, (args.train_split, args.val_split)
@@ -648,8 +640,7 @@ def command(main):
 @functools.cache
 def say_once(line):
     """Print a line once: on rank 0, beside progress bars, and in one of its loader's workers."""
-    worker = getattr(get_worker_info(), "id", 0)
-    if RANK == worker == 0:
+    if RANK == getattr(get_worker_info(), "id", 0) == 0:
         tqdm.write(line, file=sys.stderr)
 
 
@@ -671,10 +662,9 @@ def setup(args):
         torch.set_float32_matmul_precision("high")  # TF32
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if args.precision == "auto" and device.type == "cuda":
-        args.precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif args.precision == "auto":
-        args.precision = "fp32"
+    if args.precision == "auto":
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        args.precision = half if device.type == "cuda" else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     return device, torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -689,14 +679,15 @@ def reduce_sum(value):
 
 # --------------------------------------------------------------------- checkpoints and trainings
 def write(path, content):
-    """Write a PIL image, checkpoint (*.pt) or JSON on rank 0, never half of it. Raises BadInput."""
-    if RANK > 0:
+    """Write a picture (PIL image or H x W x 3 uint8), checkpoint (*.pt) or JSON: on rank 0, never
+    half of it; without a path nothing. Raises BadInput."""
+    if RANK > 0 or not path:
         return
     path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if isinstance(content, Image.Image):
-            content.save(temporary, "PNG")
+        if isinstance(content, (Image.Image, np.ndarray)):
+            Image.fromarray(np.asarray(content)).save(temporary, "PNG")
         elif path.suffix == ".pt":
             torch.save(content, temporary)
         else:
@@ -711,23 +702,20 @@ def write(path, content):
 class Inert:
     """Stands in for whatever class a foreign file names; takes anything and runs nothing."""
 
-    def __init__(self, *args):
-        pass
-
-    __setstate__ = __init__
+    __init__ = __setstate__ = lambda self, *args: None
 
 
 def load(path, *kinds):
     """A checkpoint of one of these kinds, as it was saved. Raises BadInput. Nothing in it is run:
-    in place of each class that a file names, as the authors' do in their settings, PyTorch's
-    restricted unpickler gets a plain dict or `Inert`."""
+    PyTorch's restricted unpickler gets a dict or `Inert` for each class that the authors' name."""
     with reading(path, "checkpoint"):
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)  # runs nothing
         stand_ins = [(OrderedDict if n.endswith("Dict") else Inert, n) for n in named]
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, "cpu", weights_only=True, mmap=bool(named))
-        release = {"vae": "release_ae", "vae_semseg": "release_ldm"}
-        kind = next((release[k] for k in content if k in release), None)
+        kind = (
+            "release_ldm" if "vae_semseg" in content else "release_ae" if "vae" in content else None
+        )
         content = {"kind": kind, "settings": {}, **content}
         content["settings"] = dict(content["settings"])  # fails on anything else
     kinds = kinds or ("ae", "ldm", "release_ae", "release_ldm")
@@ -746,13 +734,11 @@ class Run:
     groups: object  # AdamW's parameters, or groups of them
     settings: dict  # what STAGE.pt keeps
     validate: object  # a function that gives figures in percent and rows of pictures
-    result: tuple = None  # what it gave last
     parts = ("model", "adamw", "scaler")  # what --resume restores, beside the averages
 
     def __post_init__(self):
         args, self.path = self.args, f"{self.args.out}/{self.stage}"  # of files, without endings
-        decay = args.weight_decay
-        self.adamw = torch.optim.AdamW(self.groups, args.lr, weight_decay=decay, fused=True)
+        self.adamw = torch.optim.AdamW(self.groups, weight_decay=args.weight_decay, fused=True)
         self.weights = [p for group in self.adamw.param_groups for p in group["params"]]
         self.average = [p.detach().clone() for p in self.weights] if args.ema else []
         device = self.weights[0].device.type
@@ -804,14 +790,13 @@ class Run:
     @contextlib.contextmanager
     def averaged(self):
         """For a while no training, and the averaged weights, if any, in place of the weights."""
-        own = [p.data for p in self.weights]
         for p, average in zip(self.weights, self.average):
-            p.data = average
+            p.data, average.data = average.data, p.data
         self.model.eval()
         yield
         self.model.train()
-        for p, weight in zip(self.weights, own):
-            p.data = weight
+        for p, average in zip(self.weights, self.average):
+            p.data, average.data = average.data, p.data
 
     def log(self, iteration, **figures):
         """Append a line of JSON to STAGE_log.jsonl, on rank 0; iteration 0 begins it anew."""
@@ -833,24 +818,22 @@ class Run:
 
     def finish(self, columns):
         """Print the last figures and write what they show: STAGE.png, STAGE_loss.png, --json."""
-        if self.result is None:
+        if not self.left:  # nothing was trained
             with self.averaged():
                 self.result = self.validate()
         figures, rows = self.result
         if RANK == 0:
             told = ", ".join(f"{k} {v:.4g}" for k, v in figures.items() if v is not None)
             print(f"{told} -> {self.path}.png")
-            write(f"{self.path}.png", sheet(rows, columns))
+            sheet(f"{self.path}.png", rows, columns)
             if self.args.iters:  # what a resumed run repeats replaces its first account
                 entries = map(json.loads, open(f"{self.path}_log.jsonl"))
                 losses = {e["iteration"]: e["loss"] for e in entries if "loss" in e}
                 plot(f"{self.path}_loss.png", {"loss": [*losses.items()]}, "iteration", "loss")
-            if self.args.json:
-                write(self.args.json, figures)
+            write(self.args.json, figures)
 
 
 # --------------------------------------------------------------------------------------- pictures
-
 HUES = 2 * np.pi * (np.arange(256)[:, None] * 0.61803 + [0, 1 / 3, 2 / 3])
 PALETTE = (140 + 110 * np.cos(HUES)).astype(np.uint8)  # 256 x 3, colours of ids
 PALETTE[0] = 46  # void is dark grey
@@ -869,8 +852,8 @@ def overlay(image, ids):
     return mixed
 
 
-def sheet(rows, captions, cell=160):
-    """Rows of H x W x 3 uint8 arrays as one PIL image, with a caption over each column."""
+def sheet(path, rows, captions, cell=160):
+    """Draw rows of H x W x 3 uint8 arrays as one picture, with a caption over each column."""
     page = Image.new("RGB", (len(captions) * cell, 18 + len(rows) * cell), "white")
     for column, caption in enumerate(captions):
         ImageDraw.Draw(page).text((column * cell + 2, 2), caption, "black")
@@ -878,7 +861,7 @@ def sheet(rows, captions, cell=160):
         for x, array in enumerate(row):
             tile = ImageOps.contain(Image.fromarray(array), (cell - 4, cell - 4))
             page.paste(tile, (x * cell, 18 + y * cell))
-    return page
+    write(path, page)
 
 
 def plot(path, curves, xlabel, ylabel):
@@ -903,11 +886,8 @@ def faults(source):
     for index in tqdm(range(len(source)), unit="image"):
         try:
             sample = source[index]
-            for i in sample.get("left_out", ()):
-                yield f"{sample['file_name']}: object {i} has no usable outline"
-            for s in sample["segments_info"]:
-                if not s["area"]:
-                    yield f"{sample['file_name']}: segment {s['id']} has no pixel"
+            for fault in sample.get("faults", ()):
+                yield f"{sample['file_name']}: {fault}"
         except BadInput as error:
             yield str(error)
 
@@ -926,10 +906,9 @@ def main(argv=None):
     else:
         samples = [source[i] for i in range(min(8, len(source)))]
         rows = [[s["image"], colorize(s["ids"]), overlay(s["image"], s["ids"])] for s in samples]
-        write(f"{args.out}/data.png", sheet(rows, ["image", "ids", "overlay"]))
+        sheet(f"{args.out}/data.png", rows, ["image", "ids", "overlay"])
         print(f"{len(source)} images -> {args.out}/data.png")
-    if args.json:
-        write(args.json, {"images": len(source), "faults": len(broken)})
+    write(args.json, {"images": len(source), "faults": len(broken)})
     raise SystemExit(bool(broken))
 
 

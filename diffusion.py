@@ -13,8 +13,7 @@ Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alpha
     eps                Gaussian noise; z^j is z noised to timestep j by eq. 3
 Needs stage 1 (--ae). Writes to --out: ldm.pt (all that sampling needs), ldm_state.pt (to --resume),
 ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off unless its flag is
-given, but for `connected` on data of instances.
-"""
+given, but for `connected` on data of instances."""
 
 import fnmatch
 import functools
@@ -91,8 +90,8 @@ class DDIM:
         return self.add_noise(z0, eps, max(j_prev, 0))
 
     def timesteps(self, steps):
-        """So many equidistant timesteps (1..T), down from T-1, each with the next one, the last with
-        -1. Raises BadInput."""
+        """`steps` (1..T) equidistant timesteps from T-1 down, each with the next, the last with -1.
+        Raises BadInput."""
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
         stride = self.T // steps if self.release else self.T / steps
@@ -290,8 +289,7 @@ class LDM(nn.Module):
     @torch.no_grad()
     def label(self, image, ids, merge=True):
         """Ids (H x W) of an image (H x W x 3, uint8) -> ids, segments_info. With a classifier: the
-        category of most of its pixels, their share as score; merge: one segment a stuff category.
-        """
+        category of most of its pixels, their share as score; merge: each stuff is one segment."""
         if self.classifier is None:
             return ids, data.describe(ids)
         size, crop = self.settings["size"], self.settings["crop"]
@@ -329,11 +327,10 @@ def rename(ids, other):
 
 @torch.no_grad()
 def noise_chooses(model, ids, image_latent, noise, passes):
-    """`--distill` and completion: rename the ids of maps (B x S x S) after what the model makes of
-    this noise (B x 4 x h x w).
+    """`--distill` and completion: rename the ids of maps (B x S x S) after the model's own sample
+    from this noise (B x 4 x h x w), one to one, by overlap.
     From pure noise the best estimate of z^0 is a mean over all numberings of the segments, for ids
-    are random: one pass shows a blur. So let the noise choose: each segment gets the id that it has
-    in the model's own sample from this noise, one to one, by overlap."""
+    are random: one pass shows a blur. So let the noise choose which segment has which id."""
     found = model.likeliest(model.sample(image_latent, noise, passes))
     pairs = zip(ids.cpu().numpy(), found.cpu().numpy())
     return torch.from_numpy(np.stack([rename(*pair) for pair in pairs])).to(noise.device)
@@ -374,15 +371,13 @@ class Classifier(nn.Module):
 
 
 # ----------------------------------------------------------------------------------- checkpoints
-
 # Settings of the authors' files that change what the network computes, and what works here.
 OFF = "clip_sample thresholding set_alpha_to_one clamp_output fuse_rgb resize_input skip_encoder"
 OFF += " shared_vae_encoder separate_conv separate_encoder add_adaptor"
 RELEASE = dict.fromkeys(OFF.split(), False)
-RELEASE |= dict(beta_schedule="scaled_linear", num_train_timesteps=1000, act_fn="none")
-RELEASE |= dict(num_upscalers=2, num_mid_blocks=0, parametrization="gaussian", fill_value=0.5)
-RELEASE |= dict(image_descriptors="remove", backbone="unet", encoding_mode="bits")
-RELEASE |= dict(prediction_type="epsilon")
+RELEASE |= dict(beta_schedule="scaled_linear", num_train_timesteps=1000, parametrization="gaussian")
+RELEASE |= dict(prediction_type="epsilon", act_fn="none", num_upscalers=2, fill_value=0.5)
+RELEASE |= dict(image_descriptors="remove", encoding_mode="bits", backbone="unet", num_mid_blocks=0)
 
 
 def from_release(content, path):
@@ -414,9 +409,8 @@ def from_release(content, path):
         widths = [len(weights[key]) for key in convs[::layers]]  # of its four resolutions
         shapes.append(dict(block_out_channels=widths, layers_per_block=layers))
     unet, vae = shapes
-    unet["in_channels"] = weights["unet.conv_in.weight"].shape[1]
-    settings = {"postprocess": "release", "unet": unet}
-    settings["autoencoder"] = ae.release_shape(content["vae_semseg"])
+    settings = {"postprocess": "release", "autoencoder": ae.release_shape(content["vae_semseg"])}
+    settings["unet"] = unet | {"in_channels": weights["unet.conv_in.weight"].shape[1]}
     settings["latent_scale"] = told.get("scaling_factor", SD_SCALE)
     vae["scale"] = told.get("image_scaling_factor", SD_SCALE)
     settings["image_encoder"] = ae.vae_config(**vae)
@@ -425,8 +419,7 @@ def from_release(content, path):
 
 
 def load_ldm(path, **changes):
-    """A checkpoint of stage 2, ours or the authors', executing nothing in it, with `changes` of its
-    settings. Raises BadInput."""
+    """The LDM of a checkpoint, ours or the authors', some settings changed. Raises BadInput."""
     content = data.load(path, "ldm", "release_ldm")
     with data.reading(path, "checkpoint whose weights fit its settings"):
         if content["kind"] == "release_ldm":
@@ -557,8 +550,7 @@ def main(argv=None):
             eps = torch.randn(b, 4, side, side, device=device)  # B x 4 x h x w
             j = torch.randint(0, T, (b,), device=device)  # B timesteps
             conditioned = torch.rand(b, device=device) < args.self_cond
-            if args.distill and not args.classes:
-                # beyond the paper: a quarter is learnt where sampling begins
+            if args.distill and not args.classes:  # beyond the paper: a quarter as sampling begins
                 j[torch.rand(b, device=device) < 0.25] = T - 1
                 conditioned &= j < T - 1
                 with mixed, run.averaged():

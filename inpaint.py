@@ -13,8 +13,7 @@ many pixels of the network's input wide (512 for the paper's model).
 Ids survive because they are content, not an order of outputs: latents of given cells are held,
 given pixels pasted. A segmenter that matches its outputs to objects can't do that. But which
 segment has which id is decided at high noise, where held cells say almost nothing. So by default
-(`complete`, beyond the paper) the given ids are first given the names that the noise would choose.
-"""
+(`complete`, beyond the paper) the given ids first get the names that the noise would choose."""
 
 import itertools
 from pathlib import Path
@@ -34,8 +33,7 @@ from data import BadInput
 @torch.no_grad()
 def inpaint(model, image_latent, known, M, noise, steps):
     """Algorithm 3: sample the latent while given cells are held at their (noised) known value.
-    known: B x 4 x h x w; M: B x 1 x h x w, 1 = given; noise: two of B x 4 x h x w, where sampling
-    begins and what the given cells are noised with."""
+    known: B x 4 x h x w; M: B x 1 x h x w, 1 = given; noise: z^T and eps0, two of B x 4 x h x w."""
     (z, eps0), self_cond = noise, torch.zeros_like(known)
     for j, j_prev in model.ddim.timesteps(steps):
         z = M * model.ddim.add_noise(known, eps0, j) + (1 - M) * z  # given cells: noised to j
@@ -48,10 +46,9 @@ def inpaint(model, image_latent, known, M, noise, steps):
 
 @torch.no_grad()
 def complete(model, image_latent, given, M, noise, steps):
-    """The default, beyond the paper: B x 4 x h x w, from given ids (B x S x S).
-    They are first renamed after what the model makes of this noise by itself. Then Algorithm 3, but
-    the given part is told to the network from the start, where it looks for its last estimate
-    (trained by diffusion.py --given), and pasted into each estimate's pixels. One noise for all."""
+    """The default, beyond the paper: given ids (B x S x S), renamed by the noise -> B x 4 x h x w.
+    As Algorithm 3, but the given part is told to the network from the start, where it looks for its
+    last estimate (see --given), and pasted into each estimate's pixels. One noise for all."""
     given = diffusion.noise_chooses(model, given, image_latent, noise, steps)  # B x S x S
     known, cells = model.known(given)  # cells: those with any given pixel
     z, self_cond = noise, cells * known
@@ -98,12 +95,10 @@ def complete_tiles(model, tiles, args):
         z0 = inpaint(model, image_latent, model.encode(given), M, noise, args.steps)
     else:
         z0 = complete(model, image_latent, given, M, noise[0], args.steps)
-    found = []
     for logits, y in zip(model.decode(z0), partial):
         ids, certainty = diffusion.segments(model, logits, *y.shape)
         # pasted here, each given id covers pixels of its own alone, which is how `renamed` knows it
-        found.append((np.where(y > 0, y, ids) if args.paper else ids, certainty))
-    return found
+        yield np.where(y > 0, y, ids) if args.paper else ids, certainty
 
 
 def complete_batch(model, samples, partial, args):
@@ -116,8 +111,7 @@ def complete_batch(model, samples, partial, args):
 
 # ------------------------------------------------------------------------------------ evaluation
 def part_of(sample_, stuff, settings, args):
-    """Part of a sample's id map (H x W, 0 = unknown): a click on each thing (whose category is not
-    in `stuff`), or blocks. settings: the model's."""
+    """Part of a sample's ids (H x W, 0 = unknown): clicks on what is not `stuff`, or blocks."""
     segments = sample_["segments_info"]
     unused = [s["id"] for s in segments if s["iscrowd"] or args.click and s["category_id"] in stuff]
     ids = np.where(np.isin(sample_["ids"], unused), 0, sample_["ids"])
@@ -164,8 +158,7 @@ def evaluate(model, dataset, args):
     print(pq.line([f"click {args.click}" if args.click else what, *figures["input"]], 12))
     for name, row in figures.items():
         print(pq.line([name, *row.values()], 12), flush=True)
-    captions = ["image", "given", "completion", "truth"]
-    data.write(f"{args.out}/inpaint.png", data.sheet(rows, captions))
+    data.sheet(f"{args.out}/inpaint.png", rows, ["image", "given", "completion", "truth"])
     return figures
 
 
@@ -187,14 +180,12 @@ def complete_file(model, args):
     """--image and --mask: complete a user's own partial mask. Raises BadInput."""
     image, given = data.read_image(args.image), data.read_id_png(args.mask)
     if given.shape != image.shape[:2]:
-        size = f"{image.shape[1]} x {image.shape[0]}"
-        raise BadInput(f"--mask {args.mask}: must have the image's size, {size}")
+        raise BadInput(f"--mask {args.mask}: is {given.shape} pixels, the image {image.shape[:2]}")
     stem = Path(args.out, Path(args.image).stem)
     [ids] = complete_batch(model, [{"image": image, "image_id": stem.name}], [given], args)
     data.write_id_png(f"{stem}_completed.png", ids)
     row = [image, data.colorize(given), data.overlay(image, ids)]
-    page = data.sheet([row], ["image", "given", "completion"], cell=256)
-    data.write(f"{stem}_inpaint.png", page)
+    data.sheet(f"{stem}_inpaint.png", [row], ["image", "given", "completion"], cell=256)
     _, segments = model.label(image, ids, merge=False)
     kept = len(data.describe(given))
     added = len(segments) - kept
@@ -228,8 +219,7 @@ def main(argv=None):
         else:
             evaluation = sweep if args.sweep else evaluate
             figures = evaluation(model, sample.open_split(model, args), args)
-    if args.json:
-        data.write(args.json, figures)
+    data.write(args.json, figures)
 
 
 if __name__ == "__main__":

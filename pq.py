@@ -6,8 +6,7 @@
 A predicted and a true segment of the same category match where IoU > 0.5, which makes the match
 unique. Per category, averaged over the categories that occur,
     SQ = mean IoU of the matches,  RQ = TP / (TP + FP/2 + FN/2),  PQ = SQ * RQ.
-With categories void and crowds follow COCO's panoptic API; class-agnostic, every crowd is ignored.
-"""
+With categories void and crowds follow COCO's panoptic API, without them every crowd is ignored."""
 
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -189,8 +188,7 @@ def main(argv=None):
     for name in ("All", "Things", "Stuff")[: 1 if args.class_agnostic else 3]:
         figures = percent({k: result[name][k] for k in NAMES})
         print(line([name, *figures.values(), result[name]["n"]]))
-    if args.json:
-        data.write(args.json, result)
+    data.write(args.json, result)
 
 
 if __name__ == "__main__":

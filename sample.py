@@ -10,8 +10,7 @@
 
 Algorithm 2 itself is `LDM.sample` in diffusion.py. Here are its inputs and outputs, the tiles in
 which a model that was trained on crops sees larger pictures, and votes.
-From Python:  model = load();  ids, segments_info = segment(model, Image.open("photo.jpg"))
-"""
+From Python:  model = load();  ids, segments_info = segment(model, Image.open("photo.jpg"))"""
 
 import argparse
 import itertools
@@ -32,9 +31,8 @@ OVERLAP = 0.25  # share of a tile's side that the next one sees too
 
 
 def load(path=None, device="cpu", paper=False, min_area=None):
-    """Checkpoint of diffusion.py, or the authors' -> LDM in eval mode. Raises BadInput.
-    path: None is checkpoints/ldm.pt, before any training the shipped assets/shapes.pt; paper: leave
-    out what goes beyond supplement B after sampling; min_area: as of `ae.keep`."""
+    """path (None: checkpoints/ldm.pt, else assets/shapes.pt) -> LDM in eval mode. paper: leave out
+    what goes beyond supplement B after sampling; min_area: as of `ae.keep`. Raises BadInput."""
     if path is None:
         path = Path("checkpoints/ldm.pt")
         if not path.is_file():
@@ -119,11 +117,10 @@ def consensus(found):
 
 
 def predict(model, samples, args, draw=diffusion.predict):
-    """`diffusion.predict` in tiles, where the model was trained on crops, and with votes: of each
-    sample ids (H x W, int32) and certainty. args: steps, seed, votes, batch_size; draw: in place of
-    `diffusion.predict`, for images of any channels."""
+    """`draw` in tiles, where the model was trained on crops, and with votes: of each sample its ids
+    (H x W, int32) and certainty. args: steps, seed, votes, batch_size. Images of any channels."""
     cuts = [cut(s["image"], model.settings["crop"]) for s in samples]
-    tiles, drawn, results = [], [], []
+    tiles, drawn = [], []
     for (s, of_image), vote in itertools.product(zip(samples, cuts), range(args.votes)):
         for corner, tile in of_image.items():
             # each tile and vote has noise of its own, the first that of the image itself
@@ -134,8 +131,7 @@ def predict(model, samples, args, draw=diffusion.predict):
     rest = iter(drawn)  # by picture, vote and tile, as they were put in
     for s, of_image in zip(samples, cuts):
         found = [dict(zip(of_image, rest)) for _ in range(args.votes)]
-        results.append(consensus([stitch(of_vote, s["image"].shape[:2]) for of_vote in found]))
-    return results
+        yield consensus([stitch(of_vote, s["image"].shape[:2]) for of_vote in found])
 
 
 def find(model, samples, args, threshold=0.5):
@@ -185,12 +181,10 @@ def segment_files(model, dataset, args):
         for s, ids in zip(batch, find(model, batch, args)):
             name, (ids, segments) = s["image_id"], model.label(s["image"], ids)
             data.write_id_png(f"{args.out}/predictions/{name}.png", ids)
-            overlay = Image.fromarray(data.overlay(s["image"], ids))
-            data.write(f"{args.out}/overlays/{name}.png", overlay)
-            size = dict(zip(("height", "width"), ids.shape))
-            images.append({"id": name, "file_name": s["file_name"], **size})
-            entry = {"image_id": name, "file_name": f"{name}.png", "segments_info": segments}
-            annotations.append(entry)
+            data.write(f"{args.out}/overlays/{name}.png", data.overlay(s["image"], ids))
+            height, width = ids.shape
+            images.append(dict(id=name, file_name=s["file_name"], height=height, width=width))
+            annotations.append(dict(image_id=name, file_name=f"{name}.png", segments_info=segments))
     categories = model.classifier.categories if model.classifier else pq.OBJECT
     content = {"images": images, "annotations": annotations, "categories": categories}
     data.write(f"{args.out}/predictions.json", content)
@@ -210,7 +204,7 @@ def compare_steps(model, dataset, all_steps, args):
             print(pq.line([args.steps, *figures.values()]), flush=True)
         results[args.steps] = figures
     if data.RANK == 0:
-        data.write(f"{args.out}/sample.png", data.sheet(rows, diffusion.COLUMNS))
+        data.sheet(f"{args.out}/sample.png", rows, diffusion.COLUMNS)
         if len(results) > 1:
             curve = [(steps, result["pq"] or 0) for steps, result in results.items()]
             data.plot(f"{args.out}/sample_steps.png", {"PQ": curve}, "sampling steps", "PQ")
@@ -243,7 +237,7 @@ def compare_seeds(model, dataset, args):
             found = [data.overlay(image, ids) for ids in maps]
             rows.append([image, *found, (255 * agreed).astype(np.uint8)])
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "agreement"]
-    data.write(f"{args.out}/seeds.png", data.sheet(rows, captions))
+    data.sheet(f"{args.out}/seeds.png", rows, captions)
     mean = float(np.mean(means))
     print(f"mean agreement {mean:.3f} (1: the same segments everywhere) -> {args.out}/seeds.png")
     return {"agreement": mean, "images": len(means)}
@@ -261,7 +255,7 @@ def draw_trajectory(model, samples, args):
         for row, logits in zip(rows, model.decode(trace[i])):
             ids, _ = diffusion.segments(model, logits, *row[0].shape[:2])
             row.append(data.overlay(row[0], ids))
-    data.write(f"{args.out}/trajectory.png", data.sheet(rows, captions))
+    data.sheet(f"{args.out}/trajectory.png", rows, captions)
     print(f"-> {args.out}/trajectory.png")
 
 
@@ -320,8 +314,7 @@ def main(argv=None):
             figures = segment_files(model, samples, args)
         else:
             figures = compare_steps(model, samples, all_steps, args)
-    if args.json:
-        data.write(args.json, figures)
+    data.write(args.json, figures)
     if args.images and samples.broken:  # only now: what could be read is written
         lost = f"{len(samples.broken)} of {len(samples)} pictures left out"
         raise BadInput(f"{lost}, the first: {samples.broken[0]}")

@@ -1368,7 +1368,7 @@ def blobs(count, seed):
 
 
 def plain_norm(x):
-    """ae.ChannelNorm, untrained, written out: B x C x H x W -> B x C x H x W."""
+    """LayerNorm2d, untrained, written out: B x C x H x W -> B x C x H x W."""
     x = x - x.mean(1, True)
     return x / (x.square().mean(1, True) + 1e-6).sqrt()
 
