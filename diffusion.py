@@ -90,8 +90,7 @@ class DDIM:
         return self.add_noise(z0, eps, max(j_prev, 0))
 
     def timesteps(self, steps):
-        """`steps` (1..T) equidistant timesteps from T-1 down, each with the next, the last with -1.
-        Raises BadInput."""
+        """`steps` timesteps from T-1 down, each with the next or else -1. Raises BadInput."""
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
         stride = self.T // steps if self.release else self.T / steps

@@ -68,14 +68,13 @@ def renamed(found, given, min_area):
     it covers most, else an unused one. Uncertain and small ones become void, given pixels stay."""
     ids, certainty = found
     of_ids, of_given, pixels = pq.overlaps(ids, given)
-    area = data.areas(given)
-    names = np.setdiff1d(np.arange(ids.max() + 1 + len(pixels)), of_given[of_given > 0])
+    area, enough = data.areas(given), ids.max() + 1 + len(pixels)
+    names = np.setdiff1d(np.arange(enough, dtype=np.int32), of_given[of_given > 0])  # unused ids
     for k in pixels.argsort():  # of several that a segment covers the last one stays
         # less than a twentieth of what is given of an id is a click that touches its surroundings
         if of_ids[k] and pixels[k] >= 0.05 * area.get(of_given[k], np.inf):
             names[of_ids[k]] = of_given[k]
-    ids = np.where(given > 0, given, ae.keep(names[ids], certainty, min_area))
-    return ids.astype(np.int32)
+    return np.where(given > 0, given, ae.keep(names[ids], certainty, min_area))
 
 
 def complete_tiles(model, tiles, args):

@@ -316,8 +316,7 @@ def main(argv=None):
             figures = compare_steps(model, samples, all_steps, args)
     data.write(args.json, figures)
     if args.images and samples.broken:  # only now: what could be read is written
-        lost = f"{len(samples.broken)} of {len(samples)} pictures left out"
-        raise BadInput(f"{lost}, the first: {samples.broken[0]}")
+        raise BadInput(f"{len(samples.broken)} pictures left out, the first: {samples.broken[0]}")
 
 
 if __name__ == "__main__":
