@@ -597,14 +597,13 @@ def parse(parser, models, argv, stage):
     settings in --ckpt (or stage 1's), else the table of --model. Raises BadInput."""
     args, stored = parser.parse_args(argv), {}
     if args.resume:
-        stored = load(f"{args.out}/{stage}_state.pt", f"{stage}_state")["settings"]
+        stored = load(f"{args.out}/{stage}_state.pt", [f"{stage}_state"])["settings"]
     elif args.ckpt or stage == "ldm":
         settings = load(args.ckpt or args.ae or f"{args.out}/ae.pt")["settings"]
         stored = settings | settings.get("autoencoder", {})
     model = args.model or stored.get("model", "sd")
-    of_this_call = ("out", "json", "device", "num_workers", "resume", "ckpt")
-    own = {name: vars(args)[name] for name in of_this_call}
-    parser.set_defaults(**{**models[model], **stored, "model": model, **own})
+    call = {k: vars(args)[k] for k in ("out", "json", "device", "num_workers", "resume", "ckpt")}
+    parser.set_defaults(**{**models[model], **stored, "model": model, **call})
     return parser.parse_args(argv)
 
 
@@ -702,10 +701,13 @@ def write(path, content):
 class Inert:
     """Stands in for whatever class a foreign file names; takes anything and runs nothing."""
 
-    __init__ = __setstate__ = lambda self, *args: None
+    def __init__(self, *args):
+        pass
+
+    __setstate__ = __init__
 
 
-def load(path, *kinds):
+def load(path, kinds=("ae", "ldm", "release_ae", "release_ldm")):
     """A checkpoint of one of these kinds, as it was saved. Raises BadInput. Nothing in it is run:
     PyTorch's restricted unpickler gets a dict or `Inert` for each class that the authors' name."""
     with reading(path, "checkpoint"):
@@ -713,12 +715,10 @@ def load(path, *kinds):
         stand_ins = [(OrderedDict if n.endswith("Dict") else Inert, n) for n in named]
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, "cpu", weights_only=True, mmap=bool(named))
-        kind = (
-            "release_ldm" if "vae_semseg" in content else "release_ae" if "vae" in content else None
-        )
+        release = {"vae": "release_ae", "vae_semseg": "release_ldm"}
+        kind = next((release[k] for k in content if k in release), None)
         content = {"kind": kind, "settings": {}, **content}
         content["settings"] = dict(content["settings"])  # fails on anything else
-    kinds = kinds or ("ae", "ldm", "release_ae", "release_ldm")
     if content["kind"] not in kinds:
         raise BadInput(f"{path}: must be of kind {' or '.join(kinds)}, is {content['kind']!r:.40}")
     return content
@@ -745,7 +745,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
         start, path = 0, f"{self.path}_state.pt"
         if args.resume:
-            state = load(path, f"{self.stage}_state")
+            state = load(path, [f"{self.stage}_state"])
             with reading(path, "state of this run"):
                 start = state["iteration"]
                 for name in self.parts:

@@ -419,7 +419,7 @@ def from_release(content, path):
 
 def load_ldm(path, **changes):
     """The LDM of a checkpoint, ours or the authors', some settings changed. Raises BadInput."""
-    content = data.load(path, "ldm", "release_ldm")
+    content = data.load(path, ["ldm", "release_ldm"])
     with data.reading(path, "checkpoint whose weights fit its settings"):
         if content["kind"] == "release_ldm":
             content = from_release(content, path)

@@ -110,7 +110,8 @@ def complete_batch(model, samples, partial, args):
 
 # ------------------------------------------------------------------------------------ evaluation
 def part_of(sample_, stuff, settings, args):
-    """Part of a sample's ids (H x W, 0 = unknown): clicks on what is not `stuff`, or blocks."""
+    """Part of a sample's ids (H x W, 0 = unknown): blocks, or clicks on things, whose category is
+    not in `stuff`. settings: the model's."""
     segments = sample_["segments_info"]
     unused = [s["id"] for s in segments if s["iscrowd"] or args.click and s["category_id"] in stuff]
     ids = np.where(np.isin(sample_["ids"], unused), 0, sample_["ids"])

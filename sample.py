@@ -8,8 +8,7 @@
     python sample.py --ckpt assets/nuclei.pt --images tile.jpg   # nuclei, pictures of any size
     torchrun --nproc_per_node=8 sample.py              # evaluate on eight GPUs
 
-Algorithm 2 itself is `LDM.sample` in diffusion.py. Here are its inputs and outputs, the tiles in
-which a model that was trained on crops sees larger pictures, and votes.
+Algorithm 2 itself is `LDM.sample`; here are pictures, tiles for models of crops, and votes.
 From Python:  model = load();  ids, segments_info = segment(model, Image.open("photo.jpg"))"""
 
 import argparse

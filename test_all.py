@@ -645,7 +645,7 @@ def test_reading_a_checkpoint_executes_nothing(tmp_path, monkeypatch, function, 
     for content in ({"kind": "ae", "x": bomb}, [bomb], {"vae": 1, "x": bomb}):
         torch.save(content, "x.pt")
         with contextlib.suppress(data.BadInput):  # the settings are left out
-            assert data.load("x.pt", "ae", "release_ae").get("vae", 1) == 1
+            assert data.load("x.pt", ["ae", "release_ae"]).get("vae", 1) == 1
     assert os.listdir() == ["x.pt"]
 
 
@@ -658,7 +658,7 @@ def test_a_checkpoint_is_whole_and_of_the_kind_that_is_asked_for(tmp_path):
     ):
         os.truncate(path, size or os.path.getsize(path))
         with pytest.raises(data.BadInput, match=f"x.pt: {word}"):
-            data.load(path, "ldm")
+            data.load(path, ["ldm"])
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("write failed")])
@@ -891,7 +891,7 @@ def test_loss_is_that_of_algorithm_1(tiny):
 @pytest.mark.parametrize("name", ["selfcond", "plain8"])
 def test_the_authors_diffusion_checkpoints_give_the_authors_numbers(name):
     path, ref = reference(f"ldm_official_{name}.pt"), numbers(f"ldm_{name}_parity.npz")
-    model, content = sample.load(path), data.load(path, "release_ldm")
+    model, content = sample.load(path), data.load(path, ["release_ldm"])
     arrived = {v.numpy().tobytes() for v in model.state_dict().values()}
     for part in ("vae_image", "vae_semseg", "unet"):
         for key, v in content[part].items():
@@ -915,7 +915,7 @@ def test_the_authors_diffusion_checkpoints_give_the_authors_numbers(name):
 
 def test_the_authors_settings_are_honoured_or_refused_by_name(monkeypatch):
     path = reference("ldm_official_plain8.pt")
-    content = data.load(path, "release_ldm")
+    content = data.load(path, ["release_ldm"])
 
     def told(**settings):
         changed = {**content, "p": {"model_kwargs": settings}}
