@@ -1221,6 +1221,21 @@ def test_the_classifier_trains_while_the_rest_is_frozen(tmp_path, trained):
     assert {"pq_classes", "pq_things", "pq_stuff"} <= read(base[3]).keys()
     run(diffusion.main, TINY + " --distill 1", *base, tmp_path / "ldm.pt")
     assert sample.load(tmp_path / "ldm.pt").classifier
+    with mock.patch.object(diffusion, "noise_chooses", None):  # its truth is listed by id
+        run(diffusion.main, TINY + " --classes", *base, tmp_path / "ldm.pt")
+
+
+def test_validation_sees_micro_batches(tmp_path, trained, monkeypatch):
+    sizes, predict = [], diffusion.predict
+
+    def counted(model, samples, args):
+        sizes.append(len(samples))
+        return predict(model, samples, args)
+
+    monkeypatch.setattr(diffusion, "predict", counted)
+    flags = TINY + " --iters 0 --eval_images 3 --micro_batch 2 --ckpt"
+    run(diffusion.main, flags, trained / "ldm.pt", "--out", tmp_path)
+    assert sizes == [2, 1]
 
 
 # --------------------------------------------------------------- sample.py and inpaint.py as used
@@ -1244,6 +1259,7 @@ def test_sample_segments_a_folder_and_pq_reads_it_back(tmp_path, capsys):
     for name in ("broken.jpg", "notes.txt", ".hidden.png"):
         (folder / name).write_bytes(b"nothing")
     base, file = ["--ckpt", SHAPES, "--steps", 2, "--out", tmp_path], tmp_path / "predictions.json"
+    assert "broken.jpg" in refused(capsys, sample.main, "--images", folder, "--seeds", 0, 1, *base)
     assert "broken.jpg" in refused(capsys, sample.main, "--images", folder, *base)
     entries = {e["image_id"]: e for e in read(file)["annotations"]}
     assert entries.keys() == {42, "b", "b.png", "c", odd}
