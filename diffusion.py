@@ -56,7 +56,6 @@ class DDIM:
     authors' timesteps, which begin lower where `steps` does not divide T."""
 
     def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012, release=False):
-        assert prediction in ("epsilon", "v")
         self.prediction, self.release, self.T = prediction, release, 1000
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, self.T) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)  # T, float32
@@ -254,9 +253,10 @@ class LDM(nn.Module):
         if len(i):
             output = self.denoise(zj[i], image_latent[i], self_cond[i], j[i])
             z0 = self.ddim.remove_noise(zj[i], output, j[i])
-            pasted = torch.where(cells[i], known[i], self.encode(self.likeliest(z0, given[i])))
-            some = (given[i] > 0).flatten(1).any(1)[:, None, None, None]
-            self_cond[i] = torch.where(some, pasted, z0)
+            if self.settings["given"]:
+                pasted = torch.where(cells[i], known[i], self.encode(self.likeliest(z0, given[i])))
+                z0 = torch.where(cells[i].amax((1, 2, 3), keepdim=True), pasted, z0)
+            self_cond[i] = z0
         return self_cond
 
     @torch.no_grad()
