@@ -58,7 +58,7 @@ class Autoencoder(nn.Module):
     num_ids: N, a power of two up to 256; factor: f, 8 or 4; width: channels at the bottleneck."""
 
     def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, **unused):
-        super().__init__()
+        super().__init__()  # unused: what older checkpoints also say
         self.settings = dict(num_ids=num_ids, encoding=encoding, factor=factor, width=width)
         self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
         c = width // factor
