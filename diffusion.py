@@ -313,14 +313,15 @@ class LDM(nn.Module):
 # --------------------------------------- beyond the paper: one pass, by ids that the noise chooses
 def rename(ids, other):
     """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
-    one, largest overlap first; the rest get the first unused ids."""
+    one, largest overlap first; the rest keep their ids, or get unused ones."""
     of_ids, of_other, pixels = pq.overlaps(ids, other)
     name = {0: 0}
     for k in np.argsort(-pixels, kind="stable"):
         if of_ids[k] not in name and of_other[k] not in name.values():
             name[of_ids[k]] = of_other[k]
     unused = (n for n in itertools.count() if n not in name.values())
-    name |= dict(zip(sorted(set(of_ids) - name.keys()), unused))
+    for i in sorted(set(of_ids) - name.keys()):
+        name[i] = next(unused) if i in name.values() else i
     return np.array([name.get(i, 0) for i in range(int(ids.max()) + 1)])[ids]
 
 

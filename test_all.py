@@ -987,7 +987,7 @@ def test_the_loss_of_the_classifier_is_that_of_cells_with_a_category():
 
 
 def test_rename_is_one_to_one_by_overlap():
-    # 1 takes 7 before 2, which takes 3; what was 3 meets nothing and gets the first unused id
+    # 1 takes 7 before 2, which takes 3; what was 3 meets nothing, and its own id is taken
     found = diffusion.rename(row("11112223350"), row("77737730059"))
     assert np.array_equal(found, row("77773331150"))
 
