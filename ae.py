@@ -170,8 +170,7 @@ def uncertain_points(logits, count):
     keep = int(0.75 * count)
     least = (first - second).topk(keep, dim=1, largest=False).indices  # B x keep
     chosen = points.take_along_dim(least[..., None], 1)
-    uniform = torch.rand(len(logits), count - keep, 2, device=logits.device)
-    return torch.cat([chosen, uniform], 1)
+    return torch.cat([chosen, torch.rand(len(logits), count - keep, 2, device=logits.device)], 1)
 
 
 def segments_of(ids, num_ids):
@@ -295,6 +294,7 @@ def validate(model, dataset, args):
     """`evaluate` the reconstruction of a held-out set in random ids; pictures: both."""
 
     def predict(samples):
+        """Reconstructions of one batch, and pictures of them."""
         maps = []
         for s in samples:
             rng = np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode()))

@@ -530,6 +530,7 @@ def number(kind, low, high=2**32 - 1):
     """An argparse type: int or float in low..high."""
 
     def number_in_range(text):
+        """The number that a flag's text says."""
         value = kind(text)  # argparse says what is wrong with the text
         if low <= value <= high:
             return value
@@ -555,6 +556,7 @@ class Parser(argparse.ArgumentParser):
             self.flag("--out", str, "folder to write to (default %(default)s)", default=out)
 
     def error(self, message):
+        """What argparse calls on a wrong flag. Raises BadInput."""
         raise BadInput(message)
 
     def flag(self, name, kind, meaning, **more):
@@ -617,6 +619,7 @@ def command(main):
     """Make `main(argv)` end on bad input with one line on stderr and exit code 2."""
 
     def run(argv=None):
+        """`main`, and the end of a process."""
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
         try:
@@ -678,9 +681,8 @@ def reduce_sum(value):
 
 # --------------------------------------------------------------------- checkpoints and trainings
 def write(path, content):
-    """Write a picture (PIL image or H x W x 3 uint8), checkpoint (*.pt) or JSON: on rank 0, never
-    half of it; without a path nothing. Raises BadInput."""
-    if RANK > 0 or not path:
+    """Write a picture, checkpoint (*.pt) or JSON on rank 0, never half of it. Raises BadInput."""
+    if RANK > 0 or not path:  # no --json
         return
     path, temporary = Path(path), Path(f"{path}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)

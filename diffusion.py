@@ -12,8 +12,7 @@ Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alpha
     self_cond          the previous estimate of z, z^0        B x 4 x h x w
     eps                Gaussian noise; z^j is z noised to timestep j by eq. 3
 Needs stage 1 (--ae). Writes to --out: ldm.pt (all that sampling needs), ldm_state.pt (to --resume),
-ldm_log.jsonl, ldm.png, ldm_loss.png. What is marked "beyond the paper" is off unless its flag is
-given, but for `connected` on data of instances."""
+ldm_log.jsonl, two pictures. "Beyond the paper" is off without a flag, but for `connected`."""
 
 import fnmatch
 import functools
@@ -463,6 +462,7 @@ def evaluate(model, dataset, find, args):
     panoptic = pq.PanopticQuality(categories)
 
     def predict_batch(samples):
+        """Segments of one batch, and pictures of them."""
         for sample, (raw, certainty) in zip(samples, find(model, samples, args)):
             image = sample["image"]
             found = ae.keep(raw, certainty, model.settings["min_area"])

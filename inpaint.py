@@ -110,8 +110,7 @@ def complete_batch(model, samples, partial, args):
 
 # ------------------------------------------------------------------------------------ evaluation
 def part_of(sample_, stuff, settings, args):
-    """Part of a sample's ids (H x W, 0 = unknown): blocks, or clicks on things, whose category is
-    not in `stuff`. settings: the model's."""
+    """Part of a sample's ids (H x W, 0 = unknown): blocks, or clicks but on `stuff` categories."""
     segments = sample_["segments_info"]
     unused = [s["id"] for s in segments if s["iscrowd"] or args.click and s["category_id"] in stuff]
     ids = np.where(np.isin(sample_["ids"], unused), 0, sample_["ids"])
@@ -138,6 +137,7 @@ def evaluate(model, dataset, args):
     stuff = [c["id"] for c in dataset.source.categories if not c["isthing"]]
 
     def complete_samples(samples):
+        """Completions of one batch, and pictures of them."""
         partial = [part_of(s, stuff, model.settings, args) for s in samples]
         completed = complete_batch(model, samples, partial, args)
         sampled = sample.predict(model, samples, args)
@@ -167,8 +167,7 @@ def sweep(model, dataset, args):
     cells, curves = {}, {}
     blocks = [max(1, model.settings["size"] // n) for n in (32, 16, 8, 4)]
     for args.drop, args.block in itertools.product((0.1, 0.3, 0.5, 0.7, 0.9), blocks):
-        figures = evaluate(model, dataset, args)
-        cells[f"drop {args.drop} block {args.block}"] = figures
+        figures = cells[f"drop {args.drop} block {args.block}"] = evaluate(model, dataset, args)
         point = args.drop, figures["completion"]["pq"] or 0
         curves.setdefault(f"block {args.block}", []).append(point)
     data.plot(f"{args.out}/inpaint_sweep.png", curves, "drop rate", "PQ")

@@ -158,6 +158,7 @@ def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
     pred_folders = [Path(pred_dir or str(pred).removesuffix(".json"))]
 
     def state_of(image_id):
+        """What one image adds to the sums."""
         what, quality = f"image {image_id}", PanopticQuality(categories)
         ids, segments = data.read_panoptic(*truth[image_id], gt_folders, what)
         other = np.zeros_like(ids), []  # no prediction: all is missed

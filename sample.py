@@ -52,8 +52,7 @@ def cut(image, side):
     for n in image.shape[:2]:
         count = max(1, math.ceil((n / side - OVERLAP) / (1 - OVERLAP)))
         starts = np.linspace(0, max(n - side, 0), count).round().astype(int)
-        tiles = starts[:, None] + np.arange(side)  # count x side
-        places.append(tiles.clip(max=n - 1))  # a smaller picture's edge is continued
+        places.append((starts[:, None] + np.arange(side)).clip(max=n - 1))  # an edge goes on
     pairs = itertools.product(*places)
     return {(int(rows[0]), int(cols[0])): image[np.ix_(rows, cols)] for rows, cols in pairs}
 
@@ -271,13 +270,15 @@ def sampling_parser(doc):
     flag("--paper", bool, "the algorithm exactly as printed")
     flag("--batch_size", data.positive, "pictures or tiles at a time", default=16)
     flag("--device", str, "cuda, mps, cpu or auto (default %(default)s)", default="auto")
-    parser.set_defaults(precision="auto")  # what `data.setup` asks for
+    parser.set_defaults(precision="auto", images=None)  # asked for, flag or not
     return parser
 
 
 def open_split(model, args):
-    """The held-out images of the flags, else of the checkpoint. Raises BadInput."""
+    """The images of the flags, else those that the checkpoint names. Raises BadInput."""
     s = model.settings
+    if args.images:
+        return ae.HeldOut(Pictures(args.images), args.limit)
     folder, split = args.data or s["data"], args.split or s["val_split"]
     return ae.HeldOut(data.open_data(folder, split, s["size"], s["seed"]), args.limit)
 
@@ -301,10 +302,7 @@ def main(argv=None):
     all_steps = args.steps or [model.settings["steps"]]
     args.steps = all_steps[-1]  # for what compares none
     with mixed:
-        if args.images:
-            samples = ae.HeldOut(Pictures(args.images), args.limit)
-        else:
-            samples = open_split(model, args)
+        samples = open_split(model, args)
         if args.trajectory:
             draw_trajectory(model, list(itertools.islice(samples, 4)), args)
         if args.seeds:
