@@ -1,327 +1,351 @@
-"""ae.py: stage 1, a shallow autoencoder from a map of segment ids to a latent and back (paper 3.1).
+"""ae.py: stage 1, a shallow autoencoder from a map of segment ids to a latent and back
+(3.1).
 
-    python ae.py                                          # the paper's run: COCO, 512 px, N = 128
-    torchrun --nproc_per_node=8 ae.py                     # the same on eight GPUs
-    python ae.py --model small --data shapes              # built-in scenes, minutes on a laptop
-    python ae.py --arch sd_vae                            # Stable Diffusion's VAE instead (Table 1)
-    python ae.py --ckpt checkpoints/ae.pt --iters 0       # only evaluate: PQ of the reconstruction
+    python ae.py                                      # the paper's run: COCO, 512 px, N = 128
+    torchrun --nproc_per_node=8 ae.py                 # the same on eight GPUs
+    python ae.py --model small --data shapes          # built-in scenes, minutes on a laptop
+    python ae.py --vae sd                             # Stable Diffusion's VAE instead (Table 1)
+    python ae.py --ckpt checkpoints/ae.pt --iters 0   # only evaluate: PQ of the reconstruction
 
-Symbols (section 3): y id map, N number of ids, z = E(y) its latent, y_hat = D(z) logits, f the
-resizing factor. Writes to --out: ae.pt, ae_state.pt (to --resume), ae_log.jsonl, two pictures."""
+Symbols (paper, section 3): y id map, N number of ids, n = log2 N, z = E(y) its latent,
+D(z) logits, f resizing factor, S = f h the side of the input. Writes ae.pt, ae_state.pt
+(for --resume), ae_log.jsonl, ae.json and ae.png to --out.
+"""
 
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 
-import data  # before torch: it sets what PyTorch reads on loading
+import data  # before torch: it sets what PyTorch reads on import
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.models.convnext import LayerNorm2d
-from tqdm import tqdm
 
 import pq
-from data import BadInput
+from data import BadInput, amount, flag, natural, nonempty, positive
 
-# Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-SD = dict(size=512, num_ids=128, factor=8, width=256, iters=60_000, batch_size=16, lr=1e-4)
-SMALL = dict(size=64, num_ids=16, factor=4, width=64, iters=1_500, batch_size=32, lr=2e-3)
-MODELS = {"sd": SD | {"schedule": "constant"}, "small": SMALL | {"schedule": "cosine"}}
-ENCODINGS = ["bits", "rgb", "onehot", "positional"]
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
-# ------------------------------------------------------------------------------------- the model
-def encode_ids(ids, num_ids, encoding="bits"):
-    """Id map (B x H x W, integers 0..N-1) -> the network's input (B x C x H x W, -1..1).
-    Section 3.1, "Encoding": bits (the paper's choice), RGB, one-hot, positional. Void is 0."""
-    n, ids = num_ids.bit_length() - 1, ids.long()[:, None]  # B x 1 x H x W
+# ----------------------------------------------------------------------------- settings
+@dataclass
+class Settings(data.Settings):
+    """The paper's values; where the paper is silent, those of the authors' release."""
+
+    size: int = flag(
+        512, "side S of the square that the network sees, in pixels", positive
+    )
+    num_ids: int = flag(128, "N; id 0 is void", [4, 8, 16, 32, 64, 128, 256])
+    encoding: str = flag(
+        "bits", "of ids at the input", ["bits", "rgb", "onehot", "positional"]
+    )
+    iters: int = flag(60_000, "iterations; 0: only evaluate --ckpt", natural)
+    batch_size: int = flag(16, "images an iteration, over all processes", positive)
+    lr: float = flag(1e-4, "peak learning rate of AdamW", amount)
+    kl: float = flag(0.0, "weight of a KL term, Fig. 9's ablation", amount)
+    vae: str = flag(
+        None,
+        "Table 1: train Stable Diffusion's VAE in place of the shallow autoencoder: sd, a "
+        "hub id, a folder with vae/, or none for an untrained one",
+        nonempty,
+    )
+    factor: int = 8  # f, side of the image over side of the latent
+    width: int = 256  # channels at the bottleneck
+    weight_decay: float = 0.05  # the penalty on the weights in eq. 2
+    schedule: str = "constant"  # of the learning rate, after the warm-up
+    clip: float = 3.0  # largest norm of the gradient
+    points: int = 12_544  # at which each loss looks, for an input of 512 x 512 pixels
+    eval_images: int = 256
+
+    stage = "ae"
+    NETWORK = ("num_ids", "encoding", "factor", "width")
+
+    def stored(self):
+        """The name of the checkpoint that a training starts from, and what it says."""
+        if not self.ckpt:
+            return None, {}
+        network, _ = read_autoencoder(self.ckpt)
+        return self.ckpt, {**data.load(self.ckpt)["settings"], **network}
+
+
+# --model small: 64-pixel scenes of up to 15 segments, trained in minutes
+SMALL = {
+    "size": 64,
+    "num_ids": 16,
+    "factor": 4,
+    "width": 64,
+    "iters": 1_500,
+    "batch_size": 32,
+    "lr": 2e-3,
+    "schedule": "cosine",
+    "eval_images": 64,
+}
+
+
+# ---------------------------------------------------------------------------- the model
+def encode_bits(ids, num_ids):
+    """Id map (B x H x W) -> bit k of each id as channel k, -1 or +1: B x n x H x W."""
+    n = num_ids.bit_length() - 1
     k = torch.arange(n, device=ids.device).view(n, 1, 1)
-    if encoding == "bits":
-        x = 2.0 * (ids >> k & 1) - 1
-    elif encoding == "rgb":  # n / 3 bits of the id are a colour
-        m = 2 ** math.ceil(n / 3)
-        x = torch.cat([ids % m, ids // m % m, ids // m**2], 1) * 2 / (m - 1) - 1
-    elif encoding == "onehot":
-        x = ids == torch.arange(num_ids, device=ids.device).view(-1, 1, 1)
-    else:  # sin and cos at n wavelengths from 2 pi to 2 pi N
-        angle = ids / num_ids ** (k / (n - 1))
-        x = torch.cat([angle.sin(), angle.cos()], 1)
-    return x.float() * (ids != 0)
+    bits = ids.long()[:, None] >> k & 1  # B x n x H x W
+    return 2.0 * bits - 1
 
 
 class Autoencoder(nn.Module):
-    """The shallow autoencoder ("Architectural Design"); 2.02 M parameters at the paper's setting.
-    num_ids: N, a power of two up to 256; factor: f, 8 or 4; width: channels at the bottleneck."""
+    """The shallow autoencoder of section 3.1; 2.02 M parameters at the paper's setting.
 
-    def __init__(self, num_ids=128, encoding="bits", factor=8, width=256, **unused):
-        super().__init__()  # unused: what older checkpoints also say
-        self.settings = dict(num_ids=num_ids, encoding=encoding, factor=factor, width=width)
-        self.num_ids, self.encoding, self.factor = num_ids, encoding, factor
+    num_ids: N, a power of two up to 256; encoding: see `ENCODINGS`; factor: f, 8 or 4;
+    width: channels at the bottleneck.
+    """
+
+    def __init__(self, num_ids=128, encoding="bits", factor=8, width=256):
+        super().__init__()
+        self.settings = {
+            "num_ids": num_ids,
+            "encoding": encoding,
+            "factor": factor,
+            "width": width,
+        }
+        self.num_ids = num_ids
+        self.encoding = encoding
+        self.factor = factor
+
+        # nn.Identity keeps the authors' numbering of layers, which their checkpoints
+        # use.
         c = width // factor
-        channels = encode_ids(torch.zeros(1, 1, 1), num_ids, encoding).shape[1]
-        # nn.Identity keeps the authors' numbering of layers, which their checkpoints use
-        layers = [conv3(channels, c), nn.SiLU()]
+        layers = [conv3(self.input_channels(), c), nn.SiLU()]
         while c < width:  # halve the sides, double the channels
             layers += [conv3(c, c), conv3(c, 2 * c, stride=2), nn.SiLU()]
-            c *= 2
+            c = 2 * c
         layers += [conv3(c, c), nn.Identity(), nn.GroupNorm(32, c, eps=1e-6), nn.SiLU()]
-        self.encoder = nn.Sequential(*layers, conv3(c, 8))  # mean and log-variance of 4 channels
+        layers += [conv3(c, 8)]  # mean and log-variance of 4 channels
+        self.encoder = nn.Sequential(*layers)
+
         layers = [conv3(4, c), nn.Identity()]
         for _ in range(2):
-            layers += [nn.ConvTranspose2d(c, c, 2, stride=2), LayerNorm2d(c, eps=1e-6), nn.SiLU()]
-        layers += [nn.GroupNorm(32, c, eps=1e-5), nn.SiLU()]
-        self.decoder = nn.Sequential(*layers, conv3(c, num_ids))
+            layers += [nn.ConvTranspose2d(c, c, 2, stride=2), LayerNorm2d(c, eps=1e-6)]
+            layers += [nn.SiLU()]
+        layers += [nn.GroupNorm(32, c, eps=1e-5), nn.SiLU(), conv3(c, num_ids)]
+        self.decoder = nn.Sequential(*layers)
+
+    def network_input(self, ids):
+        """Ids (B x H x W, 0..N-1) -> B x C x H x W in -1..1; void is 0 in every
+        channel.
+        """
+        x = ENCODINGS[self.encoding](ids, self.num_ids)  # B x C x H x W
+        return x * (ids != 0)[:, None]
+
+    def input_channels(self):
+        """C; n for bits."""
+        return self.network_input(torch.zeros(1, 1, 1)).shape[1]
 
     def encode(self, ids):
-        """Ids (B x H x W, 0..N-1, 0 = void, unknown) -> mean, log-variance of z (B x 4 x h x w)."""
-        x = encode_ids(ids, self.num_ids, self.encoding)  # B x n x H x W
+        """Ids (B x H x W, 0 = void) -> mean and log-variance of z (B x 4 x h x w
+        each).
+        """
+        x = self.network_input(ids)  # B x n x H x W
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # B x 4 x H/f x W/f
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """Latent (B x 4 x h x w) -> logits of ids (B x N x 4h x 4w; Stable Diffusion's fh x fw)."""
+        """Latent z (B x 4 x h x w) -> logits of ids (B x N x 4h x 4w)."""
         return self.decoder(z)
 
     def forward(self, ids):
-        """One training pass: logits at z ~ N(mean, variance), mean, log-variance."""
+        """One training pass: logits at a sample z ~ N(mean, variance), mean,
+        log-variance.
+        """
         mean, logvar = self.encode(ids)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)  # B x 4 x h x w
         return self.decode(z), mean, logvar
 
 
-class SDAutoencoder(Autoencoder):
-    """Stable Diffusion's VAE in its place (Table 1), 84 M parameters, with a new first and last
-    layer. vae: a diffusers AutoencoderKL, or the config of one, which tells f and the widths."""
-
-    def __init__(self, vae, num_ids, encoding, **unused):
-        nn.Module.__init__(self)
-        if isinstance(vae, dict):
-            vae = AutoencoderKL(**vae)
-        config, first, last = dict(vae.config), vae.encoder, vae.decoder
-        channels = config["block_out_channels"]
-        code = encode_ids(torch.zeros(1, 1, 1), num_ids, encoding)  # 1 x C x 1 x 1
-        first.conv_in = conv3(code.shape[1], channels[0])
-        last.conv_out = conv3(channels[0], num_ids)
-        self.encoder = nn.Sequential(first, vae.quant_conv)
-        self.decoder = nn.Sequential(vae.post_quant_conv, last)
-        self.num_ids, self.encoding, self.factor = num_ids, encoding, 2 ** (len(channels) - 1)
-        self.settings = dict(num_ids=num_ids, encoding=encoding, factor=self.factor, vae=config)
-
-
-def vae_config(block_out_channels, **more):
-    """Config of an AutoencoderKL with these channels at its resolutions, the highest first."""
-    kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-    blocks = {side: [kind] * len(block_out_channels) for side, kind in kinds.items()}
-    return dict(block_out_channels=block_out_channels, **blocks, **more)
-
-
-def load_sd(name, part):
-    """Stable Diffusion's "unet" or "vae" of --sd; "none": 1.4's, untrained. Raises BadInput."""
-    if name == "none":
-        vae = vae_config([128, 256, 512, 512], layers_per_block=2)
-        return UNet2DConditionModel() if part == "unet" else AutoencoderKL(**vae)
-    network = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    hint = "hub id (with network) or folder with unet/ and vae/ (--model small needs none)"
-    with data.reading(f"--sd {name}", hint):
-        return network.from_pretrained(name, subfolder=part)
-
-
-def build(settings):
-    """The untrained autoencoder of either kind that has these settings."""
-    return (SDAutoencoder if "vae" in settings else Autoencoder)(**settings)
-
-
-def release_shape(weights):
-    """The shape that the tensors of the authors' autoencoder tell."""
-    width, num_ids = len(weights["decoder.0.weight"]), len(weights["decoder.10.weight"])
-    return dict(num_ids=num_ids, factor=width // len(weights["encoder.0.weight"]), width=width)
-
-
-def load_autoencoder(path):
-    """The autoencoder in a checkpoint of either stage, ours or the authors'. Raises BadInput."""
-    content = data.load(path)
-    prefix = "autoencoder." if content["kind"] == "ldm" else ""
-    with data.reading(path, "checkpoint whose weights fit its settings"):
-        weights = content.get("weights") or content.get("vae") or content["vae_semseg"]
-        weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        weights = {k.removeprefix("module."): v for k, v in weights.items()}
-        model = build(content["settings"].get("autoencoder") or release_shape(weights))
-        model.load_state_dict(weights)
-        return model.eval()
-
-
-# -------------------------------------------------------------- the losses, on points (PointRend)
+# -------------------------------------- the losses of eq. 2, on points (PointRend, 3.1)
 def sample_at(x, points, mode="bilinear"):
-    """x (B x C x H x W) at points (B x P x 2, x and y in 0..1) -> B x C x P; zero outside."""
-    return F.grid_sample(x.float(), 2 * points[:, None] - 1, mode, align_corners=False)[:, :, 0]
+    """x (B x C x H x W) at points (B x P x 2: x and y in 0..1) -> B x C x P; 0
+    outside.
+    """
+    grid = 2 * points[:, None] - 1  # B x 1 x P x 2 in -1..1
+    return F.grid_sample(x.float(), grid, mode, align_corners=False)[:, :, 0]
 
 
-def uncertain_points(logits, count):
-    """PointRend's points: of 3 x count uniform ones the 75% x count least certain, where the two
-    largest logits (B x C x h x w) are closest, and 25% x count uniform ones: B x count x 2 in 0..1.
-    Logits are sampled, and not a map of how certain they are: between a cell of logit +1 and one of
-    -1 lies the boundary, at 0, which a map of certainties misses: it has 1 on both sides."""
-    points = torch.rand(len(logits), 3 * count, 2, device=logits.device)
-    first, second = sample_at(logits, points).topk(2, dim=1).values.unbind(1)  # B x 3 count
-    keep = int(0.75 * count)
-    least = (first - second).topk(keep, dim=1, largest=False).indices  # B x keep
-    chosen = points.take_along_dim(least[..., None], 1)
-    return torch.cat([chosen, torch.rand(len(logits), count - keep, 2, device=logits.device)], 1)
+@torch.no_grad()
+def uncertain_points(logits, uncertainty, count):
+    """PointRend's points: the most uncertain ones of many, and some uniform ones.
+
+    logits: B x C x h x w; uncertainty: a function of logits at points (B x C x P -> B x
+    P). Returns B x count x 2 in 0..1. Logits are sampled at the points first: halfway
+    between a cell of logit +1 and one of -1 lies the boundary, at logit 0, and a map of
+    uncertainties, which is 1 at both cells, would not show it.
+    """
+    b = len(logits)
+    points = torch.rand(b, 3 * count, 2, device=logits.device)
+    uncertain = int(0.75 * count)
+    uncertainties = uncertainty(sample_at(logits, points))  # B x 3 count
+    most = uncertainties.topk(uncertain, dim=1).indices  # B x uncertain
+    chosen = points.take_along_dim(most[..., None], dim=1)  # B x uncertain x 2
+    uniform = torch.rand(b, count - uncertain, 2, device=logits.device)
+    return torch.cat([chosen, uniform], dim=1)
 
 
-def segments_of(ids, num_ids):
-    """All segments of id maps (B x H x W), by image, then by id: image index and id (K and K)."""
+def ce_uncertainty(logits):
+    """The less the two largest logits (B x N x P) differ, the more uncertain: B x P."""
+    first, second = logits.topk(2, dim=1).values.unbind(1)
+    return second - first
+
+
+def mask_uncertainty(logits):
+    """The nearer a mask's logit (K x 1 x P) is to 0, the more uncertain: K x P."""
+    return -logits[:, 0].abs()
+
+
+def ce_loss(logits, ids, points):
+    """L_ce: cross-entropy of ids (B x H x W) at points (B x P x 2). Void is left out.
+
+    Returns the sum over points that are not void, and their number.
+    """
+    labels = sample_at(ids[:, None], points, "nearest")[:, 0].long()  # B x P
+    logits = sample_at(logits, points)  # B x N x P
+    loss = F.cross_entropy(logits, labels, ignore_index=0, reduction="sum")
+    return loss, (labels > 0).sum()
+
+
+def present_segments(ids, num_ids):
+    """The K segments of id maps (B x H x W): index of the image and id (K each)."""
+    # B x N
     present = ids.new_zeros(len(ids), num_ids).scatter_(1, ids.flatten(1).long(), 1)
     present[:, 0] = 0
     return present.nonzero().unbind(1)
 
 
-@torch.no_grad()
-def draw_points(logits, ids, count):
-    """Uncertain points for CE, B x count x 2, and for the K segments' masks, K x count x 2."""
-    own = logits[segments_of(ids, logits.shape[1])][:, None]  # K x 1 x h x w
-    own = torch.cat([own, torch.zeros_like(own)], 1)  # what is not the mask has logit 0
-    return uncertain_points(logits, count), uncertain_points(own, count)
+def mask_loss(logits, masks, points):
+    """L_mask: BCE and Dice between K segments' logits and masks, at points (K x P x 2).
+
+    logits: K x h x w, of each segment the channel of its id; masks: K x H x W, bool.
+    Returns the sum over the segments, and their number.
+    """
+    logits = sample_at(logits[:, None], points)[:, 0]  # K x P
+    masks = sample_at(masks[:, None], points)[:, 0]  # K x P
+    bce = F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(1)
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * masks).sum(1) + 1) / (p.sum(1) + masks.sum(1) + 1)
+    return (bce + dice).sum(), masks.new_full((), len(masks))
 
 
-def segmentation_losses(logits, ids, ce_points, mask_points):
-    """L_ce and L_mask of eq. 2 as sums, and the counts that they are to be divided by (2 floats).
-    logits: B x N x h x w; ids: B x H x W; points: as from `draw_points`. L_ce is summed over the
-    points that are not void, L_mask (BCE + Dice of a segment's mask) over the segments."""
-    labels = sample_at(ids[:, None], ce_points, "nearest")[:, 0].long()  # B x P
-    ce = F.cross_entropy(sample_at(logits, ce_points), labels, ignore_index=0, reduction="sum")
-    image_of, id_of = segments_of(ids, logits.shape[1])  # K, K
-    own = sample_at(logits[image_of, id_of][:, None], mask_points)[:, 0]  # K x P
-    masks = ids[image_of] == id_of[:, None, None]  # K x H x W
-    mask = sample_at(masks[:, None], mask_points)[:, 0]  # K x P
-    p = own.sigmoid()
-    bce = F.binary_cross_entropy_with_logits(own, mask, reduction="none").mean(1)
-    dice = 1 - (2 * (p * mask).sum(1) + 1) / (p.sum(1) + mask.sum(1) + 1)
-    return ce, (bce + dice).sum(), torch.stack([(labels > 0).sum(), labels.new_tensor(len(own))])
+def reconstruction_losses(logits, ids, count):
+    """L_ce and L_mask of logits (B x N x h x w) and ids (B x H x W), at `count` points
+    each.
+
+    Returns two pairs of a sum and the number that it is to be divided by.
+    """
+    ce_points = uncertain_points(logits, ce_uncertainty, count)
+    image, own = present_segments(ids, logits.shape[1])  # K, K
+    own_logits = logits[image, own]  # K x h x w
+    masks = ids[image] == own[:, None, None]  # K x H x W
+    mask_points = uncertain_points(own_logits[:, None], mask_uncertainty, count)
+    return ce_loss(logits, ids, ce_points), mask_loss(own_logits, masks, mask_points)
 
 
 def kl_loss(mean, logvar):
-    """KL of the latent's Gaussian from N(0, I), summed over channels and cells; batch mean."""
+    """KL of the latent's Gaussian from N(0, I): sum over channels and cells, batch
+    mean.
+    """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(mean)
 
 
-# -------------------------------------------------------------------- from logits to a segmentation
+# -------------------------------------------------------- from logits to segments (3.2)
 def resize(logits, height, width):
     """N x h x w -> N x height x width, bilinearly."""
     return F.interpolate(logits[None].float(), (height, width), mode="bilinear")[0]
 
 
 @torch.no_grad()
-def argmax(logits, height, width):
-    """Logits (N x h x w), resized -> the likeliest id of each pixel (height x width, int32) and its
-    probability (float32), NumPy arrays. 16 ids at a time: a photo's N channels would not fit."""
+def likeliest(logits, height, width):
+    """Logits (N x h x w), resized -> ids (height x width, int32) and their probability.
+
+    The result is that of a softmax over N; going through 16 ids at a time, the N
+    channels of a photograph need not fit into memory. Returns NumPy arrays.
+    """
     best = torch.full((height, width), -math.inf, device=logits.device)
-    total, ids = best.clone(), torch.zeros_like(best, dtype=torch.int32)
-    for first in range(0, len(logits), 16):
-        part = resize(logits[first : first + 16], height, width)
+    total = best.clone()  # log of the sum of exp(logits)
+    ids = torch.zeros_like(best, dtype=torch.int32)
+    count = max(1, min(16, 2**26 // best.numel()))  # of a 50-megapixel photograph one
+    for first in range(0, len(logits), count):
+        part = resize(logits[first : first + count], height, width)
         top, place = part.max(0)
         ids = torch.where(top > best, place.int() + first, ids)
-        best, total = top.maximum(best), total.logaddexp(part.logsumexp(0))
+        best = top.maximum(best)
+        total = total.logaddexp(part.logsumexp(0))
     return ids.cpu().numpy(), (best - total).exp().cpu().numpy()
 
 
-def keep(ids, certainty, min_area=None, threshold=0.5):
-    """Supplement B: pixels under the threshold and segments under min_area pixels become void.
-    min_area: None is 512, or 1/512 of a picture smaller than the paper's 512 x 512."""
+def paper_min_area(pixels):
+    """Supplement B: 512 pixels; of a picture smaller than the paper's 512 x 512,
+    1/512.
+    """
+    return round(min(512, pixels / 512))
+
+
+def void_uncertain(ids, probability, min_area=None, threshold=0.5):
+    """Supplement B: uncertain pixels and small segments of an id map (H x W) become
+    void.
+
+    min_area: in pixels; None: as `paper_min_area` says.
+    """
     if min_area is None:
-        min_area = round(min(512, ids.size / 512))
-    ids = np.where(certainty < threshold, 0, ids)
-    small = [s["id"] for s in data.describe(ids) if s["area"] < min_area]
+        min_area = paper_min_area(ids.size)
+    ids = np.where(probability < threshold, 0, ids)
+    small = [i for i, pixels in data.areas(ids).items() if pixels < min_area]
     return np.where(np.isin(ids, small), 0, ids)
 
 
-def connected(ids):
-    """Beyond the paper, for objects in one piece: parts of a segment (H x W ids) that do not touch
-    become segments of their own. The largest, a background, stays whole."""
-    largest = np.bincount(ids[ids > 0], minlength=1).argmax()
-    parts, top = Image.fromarray(ids.astype(np.int32)), int(ids.max())
-    unused = itertools.count(top + 1)
-    for y, x in np.argwhere((ids > 0) & (ids != largest)).tolist():
-        if parts.getpixel((x, y)) <= top:  # of no part so far
-            ImageDraw.floodfill(parts, (x, y), next(unused))
-    return np.asarray(parts)
-
-
-# ------------------------------------------------------------------------------------- evaluation
-class HeldOut:
-    """This rank's share of the samples of a source as they are; broken ones are named and left out.
-    limit: only so many; crop: a square of each. Iterating raises BadInput if all are broken."""
-
-    def __init__(self, source, limit=None, crop=0):
-        self.source, self.crop, self.indices = source, crop, range(len(source))[:limit]
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __iter__(self):
-        self.broken = []  # what is wrong with those left out
-        own = self.indices[data.RANK :: data.WORLD]
-        for index in tqdm(own, leave=False, disable=data.RANK > 0):
-            try:
-                sample = self.source[index]
-            except BadInput as error:
-                data.say_once(f"note: left out: {error}")
-                self.broken.append(error)
-                continue
-            rng = np.random.default_rng((index, self.crop))
-            yield data.crop_sample(sample, self.crop, rng) if self.crop else sample
-        if data.RANK == 0 and len(own) == len(self.broken):
-            raise BadInput(f"none of {len(own)} images can be used, the first: {self.broken[0]}")
-
-
-def evaluate(dataset, predict, batch_size):
-    """Figures of `pq.Score` in percent over all ranks' samples of a HeldOut, picture rows of some.
-    predict: samples -> of each its id map (H x W) and a list of pictures."""
-    score, rows, samples = pq.Score(), [], iter(dataset)
-    while batch := list(itertools.islice(samples, batch_size)):
-        for sample, (found, pictures) in zip(batch, predict(batch)):
-            score.update(sample, found)
-            rows += [[sample["image"], *pictures]] if len(rows) < 6 else []
-    return {"images": len(dataset), **score.result()}, rows
-
-
+# --------------------------------------------------------------------------- evaluation
 @torch.no_grad()
-def validate(model, dataset, args):
-    """`evaluate` the reconstruction of a held-out set in random ids; pictures: both."""
-
-    def predict(samples):
-        """Reconstructions of one batch, and pictures of them."""
-        maps = []
+def evaluate(model, held_out, args):
+    """PQ, SQ, RQ (percent) of reconstructions in random ids, and pictures of some."""
+    device = next(model.parameters()).device
+    model.eval()
+    score = pq.Score()
+    rows = []
+    for samples in held_out.batches(args.batch_size):
+        truths = []
         for s in samples:
-            rng = np.random.default_rng((args.seed, 3, *str(s["image_id"]).encode()))
-            maps.append(data.relabel(s["ids"], s["segments_info"], model.num_ids, rng)[0])
-        y = np.stack([data.resize_ids(m, args.size, args.size) for m in maps])
-        y = torch.from_numpy(y).to(next(model.parameters()).device)  # B x S x S
-        for truth, logits in zip(maps, model.decode(model.encode(y)[0])):  # N x 4h x 4w
-            found = keep(*argmax(logits, *truth.shape))
-            yield found, [data.colorize(truth), data.colorize(found)]
+            rng = data.stream_of(s, args.seed, 3)
+            ids, _ = data.relabel(
+                s["ids"], s["segments_info"], num_ids=model.num_ids, rng=rng
+            )
+            truths.append(ids)
+        y = np.stack([data.resize_ids(ids, args.size, args.size) for ids in truths])
+        y = torch.from_numpy(y).to(device)  # B x S x S
+        mean, _ = model.encode(y)
+        for s, truth, logits in zip(samples, truths, model.decode(mean)):
+            found = void_uncertain(*likeliest(logits, *truth.shape))
+            score.update(s, found)
+            if len(rows) < data.PICTURES:
+                pictures = [data.colorize(truth), data.colorize(found)]
+                rows.append((s["file_name"], pictures))
+    model.train()
+    return {"images": len(held_out), **score.result()}, rows
 
-    return evaluate(dataset, predict, args.batch_size)
 
-
-# --------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 def new_model(args):
-    """The autoencoder of --ckpt, or untrained, or Stable Diffusion's. Raises BadInput."""
-    shape = {k: getattr(args, k) for k in ("num_ids", "encoding", "factor", "width")}
+    """The autoencoder of --ckpt, Stable Diffusion's (--vae), or an untrained one."""
     if args.ckpt:
         model = load_autoencoder(args.ckpt)
-    elif args.arch == "sd_vae":
-        model = SDAutoencoder(load_sd(args.sd, "vae"), **shape)
+    elif args.vae:
+        vae = load_sd(args.vae, AutoencoderKL, "vae")
+        model = SDAutoencoder(vae, num_ids=args.num_ids, encoding=args.encoding)
     else:
-        model = Autoencoder(**shape)
-    for name, value in shape.items():
-        if model.settings.get(name, value) != value:
-            raise BadInput(f"--{name} {value}: the autoencoder has {model.settings[name]}")
-    if args.size % (2 * model.factor):
+        model = Autoencoder(
+            args.num_ids, args.encoding, factor=args.factor, width=args.width
+        )
+    if args.size % (2 * model.factor) != 0:
         raise BadInput(f"--size {args.size}: must be a multiple of {2 * model.factor}")
     return model
 
@@ -329,44 +353,250 @@ def new_model(args):
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 1."""
-    parser = data.training_parser(__doc__)
-    flag = parser.flag
-    flag("--arch", ["shallow", "sd_vae"], "the paper's, or Stable Diffusion's VAE")
-    flag("--num_ids", [4, 8, 16, 32, 64, 128, 256], "N; id 0 is void")
-    flag("--encoding", ENCODINGS, "of the ids at the input (bits)")
-    flag("--factor", [4, 8], "f, image side over latent side")
-    flag("--width", [32, 64, 128, 256, 512], "channels at the bottleneck")
-    flag("--weight_decay", data.amount, "of AdamW: the penalty of eq. 2", default=0.05)
-    flag("--kl", data.amount, "weight of a KL term (default %(default)s)", default=0.0)
-    parser.set_defaults(arch="shallow", encoding="bits", clip=3.0)  # clip: the authors'
-    args = data.parse(parser, MODELS, argv, "ae")
-    device, mixed = data.setup(args)
-    # data, model, optimiser: its weight decay is the penalty of eq. 2
-    train_source, val_source = data.open_splits(args)
-    stream = dict(seed=args.seed, images=False, crop=args.crop)
-    train_set = data.Training(train_source, args.size, args.num_ids, **stream)
-    val_set = HeldOut(val_source, args.eval_images, args.crop)
-    points = max(256, round(12544 * (args.size / 512) ** 2))  # of each loss
-    model = new_model(args).to(device, memory_format=torch.channels_last).train()
-    ddp = nn.parallel.DistributedDataParallel(model) if data.WORLD > 1 else model
-    settings = {k: getattr(args, k) for k in (*data.STORED, "arch")}
-    settings["autoencoder"] = model.settings
-    validation = functools.partial(validate, model, val_set, args)
-    run = data.Run("ae", args, model, model.parameters(), settings, validation)
-    data.say_once(f"stage 1 on {device} in {args.precision}")
+    args = data.configure(Settings, SMALL, __doc__, argv)
+    device, precision = data.setup(args)
+    torch.backends.cudnn.benchmark = True  # shapes stay the same
+    mixed = data.autocast(device, precision)
 
-    # training: eq. 2
-    for it, batch in zip(run.iterations(), data.training_batches(train_set, run.left, args)):
-        ids = batch["ids"].to(device)  # B x S x S
+    # data: ids alone, no pictures
+    train_source = data.open_split(args, args.train_split, images=False)
+    val_source = data.open_split(args, args.val_split, images=False)
+    training = data.Training(
+        train_source, args.size, num_ids=args.num_ids, seed=args.seed
+    )
+    if args.crop:  # beyond the paper
+        training = data.Augmented(training, crop=args.crop)
+        val_source = data.Crops(val_source, args.crop)
+    held_out = data.HeldOut(val_source, args.eval_images)
+    held_out.check()
+
+    # model; DDP makes processes exchange their gradients
+    model = new_model(args).to(device, memory_format=torch.channels_last).train()
+    ddp = data.distributed(model)
+    settings = {**data.settings_of(args), "autoencoder": model.settings}
+    data.warn_of_ceiling(train_source, args, model.num_ids, factor=model.factor)
+    points = max(256, round(args.points * (args.size / 512) ** 2))
+
+    # optimiser: its weight decay is the penalty of eq. 2
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        weights, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    average = data.Average(weights, args.ema)
+    run = data.Run(args, model, optimizer=optimizer, scaler=scaler, average=average)
+    batches = iter(data.training_batches(training, run.left, args))
+    data.say_once(f"stage 1 on {device} in {precision}")
+
+    for it in run.iterations():
+        ids = next(batches)["ids"].to(device, non_blocking=True)  # B x S x S
         with mixed:
-            logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, B x 4 x h x w
-        ce, mask, counts = segmentation_losses(logits, ids, *draw_points(logits, ids, points))
-        # DDP averages the ranks' gradients
-        points_of_ce, segments = (data.reduce_sum(counts) / data.WORLD).clamp(min=1e-6)
-        loss = ce / points_of_ce + mask / segments + args.kl * kl_loss(mean, logvar)
-        run.scaler.scale(loss).backward()
-        run.step(it, loss)
-    run.finish(["image", "ids", "reconstruction"])
+            logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, twice B x 4 x h x w
+
+        # eq. 2. DDP averages the gradients of all processes, so each of them divides
+        # its sums by the mean, over processes, of the numbers of points and of
+        # segments.
+        (ce, ce_count), (mask, mask_count) = reconstruction_losses(logits, ids, points)
+        counts = torch.stack([ce_count.float(), mask_count])
+        ce_count, mask_count = data.mean_over_processes(counts).clamp(min=1e-6)
+        loss = ce / ce_count + mask / mask_count + args.kl * kl_loss(mean, logvar)
+        scaler.scale(loss).backward()
+
+        # a step down the gradient, unless it has overflowed
+        lr = data.learning_rate(it, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        # the norm before clipping
+        grad_norm = nn.utils.clip_grad_norm_(weights, args.clip)
+        if run.is_finite(grad_norm):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        average.update(it)
+
+        # once in a while
+        done = it + 1
+        if run.time_to_log(done):
+            loss = data.mean_over_processes(loss.detach())
+            run.log(done, loss=loss, grad_norm=grad_norm, lr=lr)
+        if run.time_to_save(done):
+            # first: an evaluation that fails then costs nothing
+            run.save(done, settings)
+            with average.in_place():
+                figures, rows = evaluate(model, held_out, args)
+            run.log(done, val_pq=figures["pq"])
+
+    if not run.left:  # nothing was to be trained
+        figures, rows = evaluate(model, held_out, args)
+    run.report(figures, rows, ["truth in random ids", "reconstruction"])
+
+
+# ------------------------------------------------- checkpoints of this stage, read back
+def release_settings(weights):
+    """The shape of the authors' autoencoder, as its tensors tell."""
+    width = len(weights["decoder.0.weight"])
+    return {
+        "num_ids": len(weights["decoder.10.weight"]),
+        "encoding": "bits",
+        "factor": width // len(weights["encoder.0.weight"]),
+        "width": width,
+    }
+
+
+def read_autoencoder(path):
+    """The settings and weights of the autoencoder in a checkpoint of either stage, ours
+    or the authors'. Raises BadInput.
+    """
+    content = data.load(path)
+    with data.reading(path, "checkpoint whose weights fit its settings"):
+        if content["kind"].startswith("release"):
+            weights = content[
+                "vae" if content["kind"] == "release_ae" else "vae_semseg"
+            ]
+            weights = {key.removeprefix("module."): w for key, w in weights.items()}
+            return release_settings(weights), weights
+        settings = content["settings"]["autoencoder"]
+        weights = content["weights"]
+        if content["kind"] == "ldm":
+            prefix = "autoencoder."
+            own = [key for key in weights if key.startswith(prefix)]
+            weights = {key.removeprefix(prefix): weights[key] for key in own}
+        return settings, weights
+
+
+def build(settings):
+    """The untrained autoencoder of either kind that has these settings."""
+    if "vae" in settings:
+        return SDAutoencoder(settings["vae"], settings["num_ids"], settings["encoding"])
+    names = ("num_ids", "encoding", "factor", "width")  # older files say more
+    return Autoencoder(**{name: settings[name] for name in names})
+
+
+def load_autoencoder(path):
+    """The autoencoder in a checkpoint of either stage, ours or the authors'."""
+    settings, weights = read_autoencoder(path)
+    with data.reading(path, "checkpoint whose weights fit its settings"):
+        model = build(settings)
+        model.load_state_dict(weights)
+    return model.eval()
+
+
+# ---------------------------------------------------------------- other encodings (3.1)
+def encode_rgb(ids, num_ids):
+    """A third of the id's bits in each of three channels, as a colour: B x 3 x H x
+    W.
+    """
+    n = num_ids.bit_length() - 1
+    levels = 2 ** math.ceil(n / 3)
+    ids = ids.long()[:, None]  # B x 1 x H x W
+    channels = [ids % levels, ids // levels % levels, ids // levels**2]
+    return torch.cat(channels, dim=1) * 2 / (levels - 1) - 1
+
+
+def encode_onehot(ids, num_ids):
+    """A channel of its own for each id: B x N x H x W."""
+    return F.one_hot(ids.long(), num_ids).movedim(3, 1).float()
+
+
+def encode_positional(ids, num_ids):
+    """Sine and cosine at n wavelengths from 2 pi to 2 pi N: B x 2n x H x W."""
+    n = num_ids.bit_length() - 1
+    k = torch.arange(n, device=ids.device).view(n, 1, 1)
+    angle = ids.long()[:, None] / num_ids ** (k / (n - 1))  # B x n x H x W
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+ENCODINGS = {
+    "bits": encode_bits,
+    "rgb": encode_rgb,
+    "onehot": encode_onehot,
+    "positional": encode_positional,
+}
+
+
+# ------------------------------------------ Stable Diffusion's VAE as stage 1 (Table 1)
+SD_ID = "CompVis/stable-diffusion-v1-4"  # on the hub
+SD_VAE = {  # the shape of its VAE; other settings are the defaults of AutoencoderKL
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+
+class SDAutoencoder(Autoencoder):
+    """Stable Diffusion's VAE in place of the shallow autoencoder, with a new first and
+    last layer; 84 M parameters, logits at f times the latent's side.
+
+    vae: an AutoencoderKL or the config of one, which tells f and the widths.
+    """
+
+    def __init__(self, vae, num_ids, encoding):
+        nn.Module.__init__(self)
+        if isinstance(vae, dict):
+            vae = AutoencoderKL(**vae)
+        config = dict(vae.config)
+        channels = config["block_out_channels"]
+        self.num_ids = num_ids
+        self.encoding = encoding
+        self.factor = 2 ** (len(channels) - 1)
+        self.settings = {"num_ids": num_ids, "encoding": encoding, "vae": config}
+        vae.encoder.conv_in = conv3(self.input_channels(), channels[0])
+        vae.decoder.conv_out = conv3(channels[0], num_ids)
+        self.encoder = nn.Sequential(vae.encoder, vae.quant_conv)
+        self.decoder = nn.Sequential(vae.post_quant_conv, vae.decoder)
+
+
+def load_sd(name, network, part):
+    """Stable Diffusion's UNet2DConditionModel or AutoencoderKL (`network`), its "unet"
+    or "vae".
+
+    name: sd, a hub id, a folder with unet/ and vae/, or none for version 1.4's
+    untrained twin. Raises BadInput.
+    """
+    if name == "none":
+        return network(**SD_VAE) if network is AutoencoderKL else network()
+    name = SD_ID if name == "sd" else name
+    try:
+        try:
+            loaded = network.from_pretrained(name, subfolder=part)
+        except OSError:  # some folders hold half-precision weights only
+            loaded = network.from_pretrained(name, subfolder=part, variant="fp16")
+    except Exception as error:  # of the hub, of files, of their contents
+        raise BadInput(
+            f"{name}: no Stable Diffusion with a folder {part}/ found ({error!r:.90}); a "
+            "hub id needs network, a folder or --model small does not"
+        ) from None
+    loaded = loaded.float()
+    if network is AutoencoderKL:
+        fits = loaded.config.latent_channels == 4 and loaded.quant_conv is not None
+    else:
+        config = loaded.config
+        fits = config.in_channels == 4 and config.addition_embed_type is None
+    if not fits:
+        raise BadInput(
+            f"{name}: its {part}/ is not that of Stable Diffusion 1 or 2 (inpainting, XL "
+            "and 3 have other inputs)"
+        )
+    return loaded
+
+
+# --------------------------------------------------------------------- beyond the paper
+def connected(ids):
+    """For objects in one piece: parts of a segment that do not touch become segments.
+
+    ids: H x W, 0 = void. The largest segment, a background, stays whole.
+    """
+    area = data.areas(ids)
+    largest = max(area, key=area.get, default=0)
+    top = int(ids.max())
+    unused = itertools.count(top + 1)
+    parts = Image.fromarray(ids.astype(np.int32))
+    for y, x in np.argwhere((ids > 0) & (ids != largest)).tolist():
+        if parts.getpixel((x, y)) <= top:  # it belongs to no part so far
+            ImageDraw.floodfill(parts, (x, y), next(unused))
+    return np.asarray(parts)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,31 @@
-"""diffusion.py: stage 2, denoise the latent of an id map given the image (paper 3.2, Algorithm 1).
+"""diffusion.py: stage 2, denoise the latent of an id map given the image (3.2,
+Algorithms 1, 2).
 
     python diffusion.py                              # the paper's run: COCO, 512 px, one GPU
-    torchrun --nproc_per_node=8 diffusion.py         # on eight; --batch_size is the global one
-    python diffusion.py --model small --data shapes  # built-in scenes, from scratch, no download
-    python diffusion.py --ckpt checkpoints/ldm.pt --distill 1 --iters 5000 --out few    # few passes
-    python diffusion.py --ckpt checkpoints/ldm.pt --classes --out classes               # Table 2
+    torchrun --nproc_per_node=8 diffusion.py         # on eight; --batch_size is that of all
+    python diffusion.py --model small                # from scratch, no download
+    python diffusion.py --ckpt checkpoints/ldm.pt --classes --out classes           # Table 2
+    python diffusion.py --ckpt checkpoints/ldm.pt --distill 1 --iters 5000 --out few
 
-Symbols (paper section 3): x image, y id map, j timestep in 0..T-1, ab_j = alphas_cumprod[j],
-    z = scale * E(y)   latent of the id map                   B x 4 x h x w
-    image_latent       latent of the image, z_i               B x c x h x w
-    self_cond          the previous estimate of z, z^0        B x 4 x h x w
+Symbols (paper, section 3): x image, y id map, j timestep in 0..T-1, ab_j = alphas_cumprod[j],
+    z = scale * E(y)   latent of the id map                       B x 4 x h x w
+    image_latent       latent of the image, z_i in the paper      B x c x h x w
+    condition          what the UNet is given: image_latent       B x c x h x w
+    self_cond          the previous estimate of z, z^0            B x 4 x h x w
     eps                Gaussian noise; z^j is z noised to timestep j by eq. 3
-Needs stage 1 (--ae). Writes to --out: ldm.pt (all that sampling needs), ldm_state.pt (to --resume),
-ldm_log.jsonl, two pictures. "Beyond the paper" is off without a flag, but for `connected`."""
+Builds on stage 1 (ae.pt in --out, or --ckpt). Writes ldm.pt (all that sampling needs),
+ldm_state.pt (for --resume), ldm_log.jsonl, ldm.json and ldm.png to --out.
+"""
 
+import contextlib
 import fnmatch
 import functools
-import itertools
-import operator
+import math
 import zlib
+from dataclasses import dataclass
+from pathlib import Path
 
-import data  # before torch: it sets what PyTorch reads on loading
+import data  # before torch: it sets what PyTorch reads on import
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,38 +35,103 @@ from torch import nn
 
 import ae
 import pq
-from data import BadInput
+from data import BadInput, amount, flag, fraction, natural, number, positive
 
 SD_SCALE = 0.18215  # Stable Diffusion's factor on its VAE's latents
 
-# Settings of --model. sd is the paper's, with the authors' where it is silent; small is ours.
-SD = dict(size=512, iters=50_000, batch_size=256, lr=1e-4, weight_decay=0.05, self_cond=1.0)
-SD |= dict(prediction="epsilon", loss_weight="linear", latent_scale=SD_SCALE, steps=50)
-SMALL = dict(size=64, iters=12_000, batch_size=32, lr=1e-3, weight_decay=0.01, ema=0.998)
-SMALL |= dict(prediction="v", loss_weight="none", latent_scale=0.36, self_cond=0.5, steps=10)
-MODELS = {"sd": SD, "small": SMALL}
-# What a checkpoint's settings say, and what it means if they don't, as the authors' files.
-SETTINGS = dict(model="sd", data="data/coco", train_split="train2017", val_split="val2017")
-SETTINGS |= dict(size=512, crop=0, seed=0, prediction="epsilon")
-SETTINGS |= dict(latent_scale=SD_SCALE, beta_start=0.00085, beta_end=0.012, steps=50)
-SETTINGS |= dict(distill=0, given=0.0, postprocess="paper", connected=False, min_area=None)
-COLUMNS = ["image", "argmax", "over threshold", "truth"]  # of the pictures
+
+# ----------------------------------------------------------------------------- settings
+@dataclass
+class Settings(data.Settings):
+    """The paper's values; where the paper is silent, those of the authors' release."""
+
+    iters: int = flag(50_000, "iterations; 0: only evaluate --ckpt", natural)
+    batch_size: int = flag(256, "images an iteration, over all processes", positive)
+    micro_batch: int = flag(32, "images at a time on each device", positive)
+    lr: float = flag(1e-4, "peak learning rate of AdamW", amount)
+    loss_weight: str = flag(
+        "linear", "w_j of eq. 4 (the authors' code: snr)", ["linear", "snr", "none"]
+    )
+    latent_scale: float = flag(
+        SD_SCALE, "factor on the latents of id maps", number(float, 1e-6)
+    )
+    classes: bool = flag(False, "Table 2: train the classifier, and only that", bool)
+    size: int = 512  # side S of the square that the network sees: that of stage 1
+    self_cond: float = 1.0  # share of the samples with self-conditioning (authors: all)
+    scheduler: str = "ddim"  # see SCHEDULERS
+    steps: int = 50  # of sampling
+    weight_decay: float = 0.05
+    schedule: str = "cosine"  # of the learning rate, after the warm-up
+    clip: float = 1.0  # largest norm of the gradient
+    eval_images: int = 256
+
+    # beyond the paper
+    given: float = flag(
+        0.0, "share of samples that are told a part of the map", fraction
+    )
+    distill: int = flag(0, "learn to sample in few passes: see `few_passes`", natural)
+    augment: float = flag(
+        0.0, "other colours, turns and scaled crops, by so much", amount
+    )
+
+    stage = "ldm"
+    NETWORK = ("latent_scale", "scheduler", "steps")
+
+    def start(self):
+        """The checkpoint of stage 1 that is built on, or of stage 2 that is trained
+        on.
+        """
+        path = self.ckpt or f"{self.out}/ae.pt"
+        if self.resume:
+            path = f"{self.out}/ldm.pt"
+        if not self.ckpt and not Path(path).is_file():
+            raise BadInput(
+                f"{path}: not there; train stage 1 first (python ae.py --out {self.out}), or "
+                "name its checkpoint with --ckpt"
+            )
+        return path
+
+    def stored(self):
+        """The name of the checkpoint that a training starts from, and what it says."""
+        path = self.start()
+        return path, read_checkpoint(path)["settings"]
 
 
-# ------------------------------------------------------------------------------ the DDIM scheduler
+# --model small: from scratch, without Stable Diffusion. It estimates v, starts from
+# pure noise at j = T - 1, and averages its weights, all of which help a small network
+# with little time.
+SMALL = {
+    "iters": 12_000,
+    "batch_size": 32,
+    "lr": 1e-3,
+    "loss_weight": "none",
+    "latent_scale": 0.36,
+    "self_cond": 0.5,
+    "scheduler": "ddim-v",
+    "steps": 10,
+    "weight_decay": 0.01,
+    "ema": 0.998,
+    "eval_images": 64,
+}
+
+
+# ------------------------------------------------------------------- the DDIM scheduler
 class DDIM:
-    """Noise schedule and deterministic sampler (Song et al. 2021; eq. 3 and 5), Stable Diffusion's.
-    prediction: what the network estimates, "epsilon" (the paper) or, beyond it, "v"; release: the
-    authors' timesteps, which begin lower where `steps` does not divide T."""
+    """Noise schedule and deterministic sampler (Song et al. 2021): Stable
+    Diffusion's.
+    """
 
-    def __init__(self, prediction="epsilon", beta_start=0.00085, beta_end=0.012, release=False):
-        self.prediction, self.release, self.T = prediction, release, 1000
+    T = 1000
+
+    def __init__(self, beta_start=0.00085, beta_end=0.012):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, self.T) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)  # T, float32
 
     def scales(self, j, z):
-        """sqrt(ab_j) and sqrt(1 - ab_j), shaped to multiply z (B x 4 x h x w); j: int or B."""
-        self.alphas_cumprod = self.alphas_cumprod.to(z.device)  # once
+        """sqrt(ab_j) and sqrt(1 - ab_j), shaped to multiply z (B x 4 x h x w); j: int
+        or B.
+        """
+        self.alphas_cumprod = self.alphas_cumprod.to(z.device)  # moves once
         ab = self.alphas_cumprod[j].reshape(-1, 1, 1, 1)
         return ab.sqrt(), (1 - ab).sqrt()
 
@@ -71,200 +141,258 @@ class DDIM:
         return a * z + b * eps
 
     def target(self, z, eps, j):
-        """What the network should put out for z noised with eps to timestep j."""
-        a, b = self.scales(j, z)
-        return eps if self.prediction == "epsilon" else a * eps - b * z
+        """What the network should estimate from z noised with eps to timestep j."""
+        return eps
 
     def remove_noise(self, zj, output, j):
-        """The inverse of eq. 3: the estimate of z^0 from z^j and the network's output."""
+        """The inverse of eq. 3: the estimate of z^0 from z^j and the network's
+        output.
+        """
         a, b = self.scales(j, zj)
-        return (zj - b * output) / a if self.prediction == "epsilon" else a * zj - b * output
+        return (zj - b * output) / a
 
     def step(self, zj, z0, j, j_prev):
-        """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the earlier timestep j_prev; past
-        the last one (j_prev < 0) to ab_0, as Stable Diffusion's."""
+        """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the earlier timestep
+        j_prev.
+
+        Past the last timestep (j_prev < 0) it steps to ab_0, as Stable Diffusion's
+        does.
+        """
         a, b = self.scales(j, zj)
         eps = (zj - a * z0) / b
         return self.add_noise(z0, eps, max(j_prev, 0))
 
     def timesteps(self, steps):
-        """`steps` timesteps from T-1 down, each with the next or else -1. Raises BadInput."""
+        """[(j, the next j or -1), ...] of `steps` equidistant timesteps from T-1 down.
+
+        Raises BadInput if there are not so many.
+        """
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
-        stride = self.T // steps if self.release else self.T / steps
+        stride = self.T / steps
         timesteps = [round((i + 1) * stride) - 1 for i in reversed(range(steps))]
         return list(zip(timesteps, [*timesteps[1:], -1]))
 
     def loss_weights(self, kind):
-        """w_j of eq. 4, T floats. linear: 1, falling to 0 over the lowest quarter of j (the paper);
-        snr: min(SNR, 2) / SNR (the authors' release); none: 1."""
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
-        linear = (torch.arange(1, self.T + 1) / (self.T / 4)).clamp(max=1)
-        return {"none": torch.ones(self.T), "linear": linear, "snr": snr.clamp(max=2) / snr}[kind]
+        """w_j of eq. 4: T floats.
+
+        linear: 1, falling linearly to 0 over the lowest quarter of the timesteps (the
+        paper); snr: min(SNR, 2) / SNR (the authors' code); none: 1.
+        """
+        if kind == "linear":
+            return (torch.arange(1, self.T + 1) / (self.T / 4)).clamp(max=1)
+        if kind == "snr":
+            snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+            return (2 / snr).clamp(max=1)
+        return torch.ones(self.T)
 
 
-# ------------------------------------------------------------------------------------ the networks
-class Pixels(nn.PixelUnshuffle):
-    """Image latent without a network: B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
-
-    def __init__(self, factor):
-        super().__init__(factor)
-        self.config, self.factor, self.channels = {"factor": factor}, factor, 3 * factor**2
-
-
+# ------------------------------------------------------------------------- the networks
 class SDEncoder(nn.Module):
-    """Image latent by Stable Diffusion's VAE: its mode, times 0.18215. vae, or config of one."""
+    """The image latent of Stable Diffusion's VAE: its mode, times 0.18215.
+
+    vae: an AutoencoderKL, or None to build one from its config.
+    """
 
     def __init__(self, scale=SD_SCALE, vae=None, **config):
         super().__init__()
         vae = vae or AutoencoderKL(**config)
-        self.config, self.scale = {**vae.config, "scale": scale}, scale
+        self.config = {**vae.config, "kind": "sd", "scale": scale}
+        self.scale = scale
         self.channels = vae.config.latent_channels
         self.factor = 2 ** (len(vae.encoder.down_blocks) - 1)
-        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
 
     def forward(self, x):
         """x: B x 3 x H x W in -1..1 -> B x 4 x H/8 x W/8."""
-        return self.scale * self.quant_conv(self.encoder(x)).chunk(2, dim=1)[0]
+        mean, _ = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return self.scale * mean
+
+
+class Pixels(nn.PixelUnshuffle):
+    """An image latent without a network: B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x
+    W/f.
+    """
+
+    def __init__(self, factor):
+        super().__init__(factor)
+        self.config = {"kind": "pixels", "factor": factor}
+        self.channels = 3 * factor**2
+        self.factor = factor
+
+
+IMAGE_ENCODERS = {"sd": SDEncoder, "pixels": Pixels}
 
 
 def build_unet(config):
-    """Stable Diffusion's UNet class with the cross-attention removed: its branch is skipped."""
+    """Stable Diffusion's UNet class without its cross-attention, whose branch is
+    skipped.
+    """
     unet = UNet2DConditionModel(**config)
     for block in unet.modules():
         if hasattr(block, "attn2"):
-            block.attn2 = block.norm2 = None
+            block.attn2 = None
+            block.norm2 = None
     return unet
 
 
 def small_unet_config(in_channels, latent_size, channels=48):
-    """The same class with few channels; attention at every resolution of at most 1,024 cells."""
-    kinds = ["CrossAttn" * ((latent_size >> i) ** 2 <= 1024) for i in range(3)]
-    config = dict(in_channels=in_channels, layers_per_block=1, norm_num_groups=16)
-    config["block_out_channels"] = [channels, 2 * channels, 2 * channels]
-    config |= dict(attention_head_dim=4, cross_attention_dim=8)  # diffusers counts heads: four
-    config["down_block_types"] = [f"{kind}DownBlock2D" for kind in kinds]
-    return config | {"up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)]}
+    """The same class, small: three resolutions, self-attention where at most 1,024
+    cells are.
+    """
+    down, up = [], []
+    for level in range(3):
+        side = latent_size >> level
+        kind = "CrossAttn" if side**2 <= 1024 else ""
+        down.append(f"{kind}DownBlock2D")
+        up.insert(0, f"{kind}UpBlock2D")
+    return {
+        "in_channels": in_channels,
+        "block_out_channels": [channels, 2 * channels, 2 * channels],
+        "down_block_types": down,
+        "up_block_types": up,
+        "layers_per_block": 1,
+        "norm_num_groups": 16,
+        "attention_head_dim": 4,  # diffusers means the number of heads
+        "cross_attention_dim": 8,  # of no consequence
+    }
 
 
-def grow_conv_in(unet, in_channels):
-    """Stable Diffusion's UNet: zero weights for image and self_cond, without cross-attention."""
+def grow_conv_in(unet, count, place):
+    """The UNet without cross-attention, with `count` more input channels, from `place`
+    on.
+
+    Their weights begin at zero, so that the UNet begins as it was.
+    """
+    in_channels = unet.config.in_channels + count
     grown = build_unet({**unet.config, "in_channels": in_channels})
     weights = unet.state_dict()
-    zeros = (0, 0, 0, 0, 0, in_channels - 4)  # how many before and after, from the last axis on
-    weights["conv_in.weight"] = F.pad(weights["conv_in.weight"], zeros)
-    grown.load_state_dict(weights, strict=False)  # for those of cross-attention there is no place
+    old = weights["conv_in.weight"]  # C x in x 3 x 3
+    zeros = torch.zeros(len(old), count, 3, 3)
+    weights["conv_in.weight"] = torch.cat(
+        [old[:, :place], zeros, old[:, place:]], dim=1
+    )
+    # cross-attention's weights are left over
+    grown.load_state_dict(weights, strict=False)
     return grown
 
 
+# ------------------------------------------------------------------- Algorithms 1 and 2
 class LDM(nn.Module):
-    """The whole model: `forward` is the training loss (Algorithm 1), `sample` makes masks (2).
-    autoencoder: stage 1; image_encoder: Pixels or SDEncoder; both frozen. settings: what a
-    checkpoint keeps. classifier: None, or what labels the masks (Table 2)."""
+    """The whole model: `forward` is Algorithm 1, `sample` is Algorithm 2.
 
-    def __init__(self, autoencoder, image_encoder, unet, settings, classifier=None):
+    autoencoder: stage 1; image_encoder: one of IMAGE_ENCODERS; both are frozen.
+    settings: what a checkpoint says (see DEFAULTS).
+    """
+
+    def __init__(self, autoencoder, image_encoder, unet, settings):
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(False)
         self.image_encoder = image_encoder.requires_grad_(False)
-        self.unet, self.classifier = unet, classifier
-        self.settings = {**SETTINGS, **settings, "image_encoder": image_encoder.config}
-        self.settings |= dict(autoencoder=autoencoder.settings, unet=dict(unet.config))
-        s = self.settings
-        self.scale = s["latent_scale"]
-        release = s["postprocess"] == "release"
-        self.ddim = DDIM(s["prediction"], s["beta_start"], s["beta_end"], release)
+        self.condition_channels = image_encoder.channels
+        self.unet = unet
+        self.settings = {
+            **settings,
+            "autoencoder": autoencoder.settings,
+            "image_encoder": image_encoder.config,
+            "unet": dict(unet.config),
+        }
+        scheduler = SCHEDULERS[settings["scheduler"]]
+        self.ddim = scheduler(settings["beta_start"], settings["beta_end"])
+        self.scale = settings["latent_scale"]
+        # of training alone: w_j, and the share of samples with self-conditioning
+        self.loss_weights = torch.ones(self.ddim.T)
+        self.self_cond = 1.0
+        self.classifier = None  # of Table 2
+
+    def train(self, mode=True):
+        """What is frozen stays in evaluation mode."""
+        super().train(mode)
+        self.autoencoder.eval()
+        self.image_encoder.eval()
+        return self
 
     def encode(self, ids):
-        """y (B x H x W ids) -> z (B x 4 x h x w)."""
-        return self.scale * self.autoencoder.encode(ids)[0]
+        """y (B x S x S ids) -> z (B x 4 x h x w)."""
+        mean, _ = self.autoencoder.encode(ids)
+        return self.scale * mean
 
     def decode(self, z):
-        """z (B x 4 x h x w) -> logits (B x N x 4h x 4w)."""
-        return self.autoencoder.decode(z / self.scale)
+        """z (B x 4 x h x w) -> logits (B x N x 4h x 4w), in fp32."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.autoencoder.decode(z / self.scale)
 
     def encode_image(self, images):
-        """Images (B x 3 x H x W, uint8) -> image_latent (B x c x h x w)."""
-        return self.image_encoder(images.float() / 127.5 - 1).float()
+        """Images (B x 3 x S x S, uint8) -> image_latent (B x c x h x w)."""
+        # Eight at a time: of all that is here, the encoder of Stable Diffusion's VAE
+        # needs most memory.
+        latents = []
+        for part in images.split(8):
+            latents.append(self.image_encoder(part.float() / 127.5 - 1).float())
+        return torch.cat(latents)
 
-    def inputs(self, samples, seed):
-        """Samples (dicts of image: H x W x 3, uint8; image_id) -> image_latent (B x c x h x w) and
-        noise, two of B x 4 x h x w, which belongs to seed and image_id, in whatever batch."""
-        squares = [data.resize_image(s["image"], self.settings["size"]) for s in samples]
-        images = torch.from_numpy(np.stack(squares)).to(self.unet.device)  # B x S x S x 3
-        image_latent = self.encode_image(images.permute(0, 3, 1, 2))
-        draws = []
-        for s in samples:
-            key = f"{seed}/{s['image_id']}".encode(errors="surrogateescape")
-            own = torch.Generator().manual_seed(zlib.crc32(key))
-            draws.append(torch.randn(8, *image_latent.shape[2:], generator=own))
-        return image_latent, torch.stack(draws).to(images.device).chunk(2, dim=1)
+    def condition(self, batch):
+        """What the network is given, of a batch with `image` (B x 3 x S x S, uint8)."""
+        return self.encode_image(batch["image"])
 
-    def denoise(self, zj, image_latent, self_cond, j):
-        """eps_theta(concat[z^j, image_latent, self_cond], j) -> B x 4 x h x w; j: int or B."""
-        x = torch.cat([zj, image_latent, self_cond], 1)
-        x = x[:, : self.unet.config.in_channels]  # a model may have no self-conditioning
+    def denoise(self, zj, condition, self_cond, j):
+        """The network's estimate at timestep j (int or B), eps in the paper: B x 4 x h
+        x w.
+        """
+        x = torch.cat([zj, condition, self_cond], dim=1)
+        x = x[:, : self.unet.config.in_channels]  # a model may lack self-conditioning
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
-    def begin_training(self, args, source):
-        """Take the settings of a training and say which weights it trains. Raises BadInput."""
-        if args.size % (4 * self.autoencoder.factor):
-            raise BadInput(f"--size {args.size}: no multiple of {4 * self.autoencoder.factor}")
-        own = (*data.STORED, "distill", "given", "self_cond")
-        self.settings |= {k: getattr(args, k) for k in own}
-        self.settings["connected"] = bool(getattr(source, "background_id", None))
-        if args.crop:  # `ae.keep` would count a picture's pixels, not a tile's
-            self.settings["min_area"] = round(min(512, args.crop**2 / 512))
-        if args.distill and self.ddim.prediction == "epsilon":  # of pure noise it tells nothing
-            self.settings["prediction"] = self.ddim.prediction = "v"
-        if args.classes and self.settings.get("categories") != source.categories:
-            self.classifier = Classifier(source.categories, args.model, args.sd != "none")
-            self.settings["categories"] = source.categories
-        if args.model == "sd":
-            self.unet.time_embedding.requires_grad_(False)  # frozen by the authors
-            self.unet.enable_gradient_checkpointing()
-        if self.classifier:
-            self.classifier.requires_grad_(args.classes)
+    def draw(self, ids):
+        """Algorithm 1 draws noise and timesteps: eps (B x 4 x h x w), j (B)."""
+        b = len(ids)
+        side = ids.shape[-1] // self.autoencoder.factor
+        eps = torch.randn(b, 4, side, side, device=ids.device)
+        j = torch.randint(0, self.ddim.T, (b,), device=ids.device)
+        return eps, j
 
-    def forward(self, batch, eps, j, loss_weights, conditioned):
-        """Algorithm 1: the loss of eq. 4, the mean over all cells.
-        batch: ids (B x S x S), image (B x 3 x S x S, uint8), given (B x S x S, > 0: id told);
-        eps: B x 4 x h x w; j: B timesteps; loss_weights: T; conditioned: B, bool, which samples get
-        the estimate of a first pass (the authors: all; Analog Bits: half)."""
+    def forward(self, batch, eps, j):
+        """Algorithm 1: the loss of eq. 4, a mean over all cells.
+
+        batch: ids (B x S x S, uint8), image (B x 3 x S x S, uint8); eps, j: as from
+        `draw`.
+        """
         with torch.no_grad():
             z = self.encode(batch["ids"])  # encode the target: B x 4 x h x w
-            image_latent = self.encode_image(batch["image"])  # encode the image: B x c x h x w
+            condition = self.condition(batch)  # encode the image: B x c x h x w
             zj = self.ddim.add_noise(z, eps, j)  # eq. 3
-            if self.settings["distill"]:  # beyond the paper: as sampling begins
-                zj = torch.where((j == self.ddim.T - 1)[:, None, None, None], eps, zj)
-            given = batch["ids"] * (batch["given"] > 0)
-            self_cond = self.first_estimate(zj, image_latent, j, given, conditioned)
-        torch.clear_autocast_cache()  # or weights cast without gradient would be used again
-        output = self.denoise(zj, image_latent, self_cond, j)
-        error = (output - self.ddim.target(z, eps, j)).square()  # B x 4 x h x w
-        valid = F.interpolate(batch["ids"][:, None].float(), size=z.shape[2:]) > 0  # B x 1 x h x w
-        return (loss_weights[j].view(-1, 1, 1, 1) * error * valid).mean()
 
-    def first_estimate(self, zj, image_latent, j, given, conditioned):
-        """Self-conditioning: z^0 from a first pass for the samples that are `conditioned`, else 0.
-        Beyond the paper, what is given (B x S x S) stands in it, as `inpaint.complete` does it."""
-        known, cells = self.known(given)
-        self_cond, i = cells * known, conditioned.nonzero()[:, 0]
-        if len(i):
-            output = self.denoise(zj[i], image_latent[i], self_cond[i], j[i])
-            z0 = self.ddim.remove_noise(zj[i], output, j[i])
-            if self.settings["given"]:
-                pasted = torch.where(cells[i], known[i], self.encode(self.likeliest(z0, given[i])))
-                z0 = torch.where(cells[i].amax((1, 2, 3), keepdim=True), pasted, z0)
-            self_cond[i] = z0
-        return self_cond
+            # self-conditioning: a first pass estimates z^0, for all samples or the
+            # first ones
+            self_cond = torch.zeros_like(z)
+            k = math.ceil(self.self_cond * len(z))
+            if k > 0:
+                output = self.denoise(zj[:k], condition[:k], self_cond[:k], j[:k])
+                self_cond[:k] = self.ddim.remove_noise(zj[:k], output, j[:k])
+        # Autocast would go on with its copies of the weights, made without gradient.
+        torch.clear_autocast_cache()
+
+        output = self.denoise(zj, condition, self_cond, j)
+        error = (output - self.ddim.target(z, eps, j)).square()  # B x 4 x h x w
+        self.loss_weights = self.loss_weights.to(j.device)  # moves once
+        w = self.loss_weights[j].view(-1, 1, 1, 1)  # B x 1 x 1 x 1
+        ids = batch["ids"][:, None].float()  # B x 1 x S x S
+        # B x 1 x h x w: no loss on void
+        valid = F.interpolate(ids, size=z.shape[2:]) > 0
+        return (w * error * valid).mean()
 
     @torch.no_grad()
-    def sample(self, image_latent, noise, steps, trace=None):
-        """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a segmentation.
-        trace: a list that receives the estimate of z^0 after each step."""
-        z, self_cond = noise, torch.zeros_like(noise)
+    def sample(self, condition, noise, steps, trace=None):
+        """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a
+        segmentation.
+
+        trace: a list that receives the estimate of z^0 after each step.
+        """
+        z = noise
+        self_cond = torch.zeros_like(noise)
         for j, j_prev in self.ddim.timesteps(steps):
-            output = self.denoise(z, image_latent, self_cond, j)
+            output = self.denoise(z, condition, self_cond, j)
             z0 = self.ddim.remove_noise(z, output, j)
             z = self.ddim.step(z, z0, j, j_prev)  # eq. 5
             self_cond = z0
@@ -272,296 +400,735 @@ class LDM(nn.Module):
                 trace.append(z0)
         return z0
 
-    def likeliest(self, z0, given=None):
-        """Latent (B x 4 x h x w) -> the likeliest id of each pixel (B x S x S); given ones stay."""
-        ids = F.interpolate(self.decode(z0), self.settings["size"], mode="bilinear").argmax(1)
-        return ids if given is None else torch.where(given > 0, given.long(), ids)
 
-    def known(self, given):
-        """Partial ids (B x S x S, 0 = unknown) -> their latent (B x 4 x h x w), and which cells of
-        it to tell the network (B x 1 x h x w, bool): those of a given pixel, if it learnt that."""
-        told = (given > 0) & bool(self.settings["given"])
-        cells = F.max_pool2d(told.float()[:, None], self.autoencoder.factor) > 0
-        return self.encode(given), cells
-
-    @torch.no_grad()
-    def label(self, image, ids, merge=True):
-        """Ids (H x W) of an image (H x W x 3, uint8) -> ids, segments_info. With a classifier: the
-        category of most of its pixels, their share as score; merge: each stuff is one segment."""
-        if self.classifier is None:
-            return ids, data.describe(ids)
-        size, crop = self.settings["size"], self.settings["crop"]
-        # seen at the size, or of crops at the scale, of training
-        sides = [max(8, round(n * size / (crop or n))) for n in ids.shape]
-        x = torch.tensor(image, device=self.unet.device).permute(2, 0, 1)[None].float()
-        x = F.interpolate(x, sides, mode="bilinear", antialias=True)
-        classes, _ = ae.argmax(self.classifier.logits(x)[0], *ids.shape)  # H x W
-        categories, most, first, segments = self.classifier.categories, {}, {}, []
-        for i, k, _ in sorted(zip(*pq.overlaps(ids, classes)), key=operator.itemgetter(2)):
-            most[i] = k  # the class with the most pixels comes last
-        for i in data.areas(ids):
-            if merge and not categories[most[i]]["isthing"]:
-                ids = np.where(ids == i, first.setdefault(most[i], i), ids)
-        for s in data.describe(ids):
-            k = most[s["id"]]
-            score = round((classes[ids == s["id"]] == k).mean().item(), 4)
-            segments.append(s | {"category_id": categories[k]["id"], "score": score})
-        return ids, segments
+# -------------------------------------------------------------- sampling and evaluation
+def batch_of(model, samples):
+    """What `LDM.condition` takes, of samples with `image` (H x W x 3, uint8, of any
+    size).
+    """
+    images = [data.resize_image(s["image"], model.settings["size"]) for s in samples]
+    return {"image": torch.stack(images).to(model.unet.device)}  # B x 3 x S x S
 
 
-# --------------------------------------- beyond the paper: one pass, by ids that the noise chooses
-def rename(ids, other):
-    """Segments of an id map (H x W) get the id of another that they overlap most (0 = none), one to
-    one, largest overlap first; the rest keep their ids, or get unused ones."""
-    of_ids, of_other, pixels = pq.overlaps(ids, other)
-    name = {0: 0}
-    for k in np.argsort(-pixels, kind="stable"):
-        if of_ids[k] not in name and of_other[k] not in name.values():
-            name[of_ids[k]] = of_other[k]
-    unused = (n for n in itertools.count() if n not in name.values())
-    for i in sorted(set(of_ids) - name.keys()):
-        name[i] = next(unused) if i in name.values() else i
-    return np.array([name.get(i, 0) for i in range(int(ids.max()) + 1)])[ids]
+def noise_of(model, samples, seed):
+    """Two noises (B x 4 x h x w each), which belong to the seed and each sample's
+    image_id: a picture's do not depend on the batch that it is in.
+    """
+    side = model.settings["size"] // model.autoencoder.factor
+    noises = []
+    for s in samples:
+        name = f"{seed}/{s['image_id']}".encode(errors="surrogateescape")
+        generator = torch.Generator().manual_seed(zlib.crc32(name))
+        noises.append(torch.randn(8, side, side, generator=generator))
+    return torch.stack(noises).to(model.unet.device).chunk(2, dim=1)
+
+
+def to_ids(model, logits, height, width):
+    """Logits (N x h x w) -> ids (height x width, int32) and their probability
+    (float32).
+    """
+    if model.settings["postprocess"] != "paper":  # beyond the paper
+        return POSTPROCESS[model.settings["postprocess"]](model, logits, height, width)
+    return ae.likeliest(logits, height, width)
+
+
+def sample_maps(model, samples, steps, seed):
+    """Algorithm 2 on samples (image: H x W x 3): of each its ids and their
+    probability.
+    """
+    condition = model.condition(batch_of(model, samples))
+    noise, _ = noise_of(model, samples, seed)
+    logits = model.decode(model.sample(condition, noise, steps))  # B x N x 4h x 4w
+    return [to_ids(model, l, *s["image"].shape[:2]) for l, s in zip(logits, samples)]
 
 
 @torch.no_grad()
-def noise_chooses(model, ids, image_latent, noise, passes):
-    """`--distill` and completion: rename the ids of maps (B x S x S) after the model's own sample
-    from this noise (B x 4 x h x w), one to one, by overlap.
-    From pure noise the best estimate of z^0 is a mean over all numberings of the segments, for ids
-    are random: one pass shows a blur. So let the noise choose which segment has which id."""
-    found = model.likeliest(model.sample(image_latent, noise, passes))
-    pairs = zip(ids.cpu().numpy(), found.cpu().numpy())
-    return torch.from_numpy(np.stack([rename(*pair) for pair in pairs])).to(noise.device)
+def evaluate(model, held_out, sample_batch, batch_size):
+    """Figures in percent over a HeldOut, and pictures of some.
+
+    sample_batch: a function of a list of samples that gives ids and probability of
+    each, as `sample_maps` does. With a classifier of the same categories also PQ with
+    classes (Table 2).
+    """
+    model.eval()
+    score = pq.Score()
+    classes = ClassScore(model, held_out.source.categories)
+    rows = []
+    for samples in held_out.batches(batch_size):
+        for s, (ids, probability) in zip(samples, sample_batch(samples)):
+            found = ae.void_uncertain(ids, probability, model.settings["min_area"])
+            score.update(s, found)
+            classes.update(s, found)
+            if len(rows) < data.PICTURES:
+                rows.append(data.comparison(s, ids, found))
+    model.train()
+    return {"images": len(held_out), **score.result(), **classes.result()}, rows
 
 
-# -------------------------------------------------------------- a classifier of the masks (Table 2)
-class Classifier(nn.Module):
-    """For labels of the masks (4.2, Table 2): DeepLabv3's head on a ResNet-50 (sd) or four layers
-    (small). `forward` is the training loss. categories: list of {id, name, isthing}."""
-
-    def __init__(self, categories, model, pretrained=False):
-        super().__init__()
-        self.categories, count = categories, len(categories)
-        models, layer = torchvision.models.segmentation, torchvision.ops.Conv2dNormActivation
-        if model == "sd":
-            weights = "DEFAULT" if pretrained else None
-            net = models.deeplabv3_resnet50(num_classes=count, weights_backbone=weights)
-            self.backbone, self.head = nn.Sequential(*net.backbone.children()), net.classifier
-        else:  # a layer: convolution, batch norm, ReLU
-            layers = [*layer(3, 32, stride=2), *layer(32, 64, stride=2), *layer(64, 64)]
-            self.backbone = nn.Sequential(*layers, *layer(64, 64))
-            pyramid = models.deeplabv3.ASPP(64, [2, 4, 6], 64)
-            self.head = nn.Sequential(pyramid, *layer(64, 64), nn.Conv2d(64, count, 1))
-
-    def logits(self, images):
-        """Images (B x 3 x H x W, uint8) -> class logits (B x C x H/8 x W/8; small: H/4 x W/4)."""
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
-        x = torchvision.transforms.functional.normalize(images / 255, mean, std)
-        return self.head(self.backbone(x))
-
-    def forward(self, batch, *noise):
-        """Cross-entropy of the cells, whose truth is their top left pixel's; noise is not used."""
-        logits = self.logits(batch["image"])  # B x C x h x w
-        ids = F.interpolate(batch["ids"][:, None].float(), logits.shape[2:])  # B x 1 x h x w
-        truth = batch["classes"].gather(1, ids.flatten(1).long())  # B x hw, -1 = none
-        total = F.cross_entropy(logits.flatten(2), truth, ignore_index=-1, reduction="sum")
-        return total / (truth >= 0).sum().clamp(min=1)
-
-
-# ----------------------------------------------------------------------------------- checkpoints
-# Settings of the authors' files that change what the network computes, and what works here.
-OFF = "clip_sample thresholding set_alpha_to_one clamp_output fuse_rgb resize_input skip_encoder"
-OFF += " shared_vae_encoder separate_conv separate_encoder add_adaptor"
-RELEASE = dict.fromkeys(OFF.split(), False)
-RELEASE |= dict(beta_schedule="scaled_linear", num_train_timesteps=1000, parametrization="gaussian")
-RELEASE |= dict(prediction_type="epsilon", act_fn="none", num_upscalers=2, fill_value=0.5)
-RELEASE |= dict(image_descriptors="remove", encoding_mode="bits", backbone="unet", num_mid_blocks=0)
-
-
-def from_release(content, path):
-    """The authors' diffusion checkpoint as one of ours: Stable Diffusion's classes, as wide as the
-    tensors tell; its settings are honoured or refused by name. Raises BadInput."""
-    told, nested = {}, [content.get("p") or {}]
-    for part in nested:  # the nested settings as one dict
-        told |= part
-        nested += [v for v in part.values() if isinstance(v, dict)]
-    for key, works in RELEASE.items():
-        if told.get(key, works) != works:
-            raise BadInput(f"{path}: its setting {key} is {told[key]!r}; {works!r} works here")
-    names = {"autoencoder": "vae_semseg", "image_encoder": "vae_image", "unet": "unet"}
-    # conv_in's once more, and the half of the VAE that makes pictures
-    unused = ("unet.new_conv.", "image_encoder.post_quant_conv.")
-    # up to diffusers 0.16, which the release was made with, attention in a VAE had other names
-    now = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    weights = {}
-    for part, name in names.items():
-        for key, value in content[name].items():
-            words = [now.get(word, word) for word in key.removeprefix("module.").split(".")]
-            key = ".".join([part, *words])
-            if not key.startswith(unused):
-                weights[key] = value
-    shapes = []
-    for side in ("unet", "image_encoder.encoder"):
-        convs = fnmatch.filter(weights, f"{side}.down_blocks.*.resnets.*.conv1.weight")
-        layers = len(convs) // 4
-        widths = [len(weights[key]) for key in convs[::layers]]  # of its four resolutions
-        shapes.append(dict(block_out_channels=widths, layers_per_block=layers))
-    unet, vae = shapes
-    settings = {"postprocess": "release", "autoencoder": ae.release_shape(content["vae_semseg"])}
-    settings["unet"] = unet | {"in_channels": weights["unet.conv_in.weight"].shape[1]}
-    settings["latent_scale"] = told.get("scaling_factor", SD_SCALE)
-    vae["scale"] = told.get("image_scaling_factor", SD_SCALE)
-    settings["image_encoder"] = ae.vae_config(**vae)
-    settings |= {k: told[k] for k in ("size", "beta_start", "beta_end") if k in told}
-    return {"settings": settings, "weights": weights}
-
-
-def load_ldm(path, **changes):
-    """The LDM of a checkpoint, ours or the authors', some settings changed. Raises BadInput."""
-    content = data.load(path, ["ldm", "release_ldm"])
-    with data.reading(path, "checkpoint whose weights fit its settings"):
-        if content["kind"] == "release_ldm":
-            content = from_release(content, path)
-        s = content["settings"] | changes
-        kind = Pixels if "factor" in s["image_encoder"] else SDEncoder
-        classifier = Classifier(s["categories"], s["model"]) if "categories" in s else None
-        parts = ae.build(s["autoencoder"]), kind(**s["image_encoder"]), build_unet(s["unet"])
-        model = LDM(*parts, s, classifier)
-        model.load_state_dict(content["weights"])
-        return model.eval()
-
-
-# ------------------------------------------------------------------------- sampling and evaluation
-def segments(model, logits, height, width):
-    """Logits (N x h x w) of an image -> ids (height x width, 0 = void) and their certainty. The
-    authors' evaluation goes through the training size, and voids segments that hold less than half
-    of the pixels where their own sigmoid is over 0.5."""
-    if release := model.settings["postprocess"] == "release":
-        logits = ae.resize(logits, model.settings["size"], model.settings["size"])
-    ids, certainty = ae.argmax(logits, height, width)
-    if release:
-        confident = [ae.resize(l[None], height, width).ge(0).sum().item() for l in logits]
-        sure = np.bincount(np.where(certainty >= 0.5, ids, 0).ravel(), minlength=len(logits))
-        ids = np.where((2 * sure < confident)[ids], 0, ids)
-    return (ae.connected(ids) if model.settings["connected"] else ids), certainty
-
-
-@torch.no_grad()
-def predict(model, samples, args):
-    """Algorithm 2 on samples (see `LDM.inputs`): of each its ids and their certainty."""
-    image_latent, (noise, _) = model.inputs(samples, args.seed)
-    logits = model.decode(model.sample(image_latent, noise, args.steps))  # B x N x 4h x 4w
-    return [segments(model, l, *s["image"].shape[:2]) for l, s in zip(logits, samples)]
-
-
-def evaluate(model, dataset, find, args):
-    """`ae.evaluate` of `find`, called like `predict`; with a classifier also PQ with classes."""
-    categories = dataset.source.categories
-    labels = model.settings.get("categories") == categories
-    panoptic = pq.PanopticQuality(categories)
-
-    def predict_batch(samples):
-        """Segments of one batch, and pictures of them."""
-        for sample, (raw, certainty) in zip(samples, find(model, samples, args)):
-            image = sample["image"]
-            found = ae.keep(raw, certainty, model.settings["min_area"])
-            if labels:
-                panoptic.update(sample["ids"], sample["segments_info"], *model.label(image, found))
-            yield found, [data.overlay(image, ids) for ids in (raw, found, sample["ids"])]
-
-    at_once = vars(args).get("micro_batch", args.batch_size)  # in training on each device
-    figures, rows = ae.evaluate(dataset, predict_batch, at_once)
-    if labels:
-        result = panoptic.result()
-        groups = {"pq_classes": "All", "pq_things": "Things", "pq_stuff": "Stuff"}
-        figures |= pq.percent({name: result[group]["pq"] for name, group in groups.items()})
-    return figures, rows
-
-
-# --------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 def new_model(args):
-    """The model that a training begins with: of --resume, of --ckpt or new. Raises BadInput."""
-    if path := f"{args.out}/ldm.pt" if args.resume else args.ckpt:
-        return load_ldm(path)
-    autoencoder = ae.load_autoencoder(args.ae or f"{args.out}/ae.pt")
-    sd, factor = args.model == "sd", autoencoder.factor
-    image_encoder = SDEncoder(vae=ae.load_sd(args.sd, "vae")) if sd else Pixels(factor)
+    """The model that a training begins with: that of --ckpt, or a new one on stage
+    1.
+    """
+    path = args.start()
+    if read_checkpoint(path)["kind"] == "ldm":
+        return load_model(path)
+    autoencoder = ae.load_autoencoder(path)
+    factor = autoencoder.factor
+    if args.size % (4 * factor) != 0:
+        raise BadInput(
+            f"{path}: its size {args.size} must be a multiple of {4 * factor}"
+        )
+    settings = {**DEFAULTS, **data.settings_of(args)}
+    if args.model == "small":
+        image_encoder = Pixels(factor)
+        channels = 4 + image_encoder.channels + 4  # z^j, image_latent, self_cond
+        unet = build_unet(small_unet_config(channels, args.size // factor))
+    else:
+        image_encoder = SDEncoder(vae=ae.load_sd(args.model, AutoencoderKL, "vae"))
+        unet = ae.load_sd(args.model, UNet2DConditionModel, "unet")
+        unet = grow_conv_in(unet, image_encoder.channels + 4, place=4)
     if image_encoder.factor != factor:
-        raise BadInput(f"--ae: its factor is not {image_encoder.factor}: train one with --factor")
-    channels = 4 + image_encoder.channels + 4 * bool(args.self_cond)
-    small = small_unet_config(channels, args.size // factor)
-    unet = grow_conv_in(ae.load_sd(args.sd, "unet"), channels) if sd else build_unet(small)
-    settings = {k: getattr(args, k) for k in ("prediction", "latent_scale", "steps")}
+        raise BadInput(
+            f"{path}: the autoencoder shrinks by {factor}, the image encoder by "
+            f"{image_encoder.factor}; train stage 1 with the same --model"
+        )
     return LDM(autoencoder, image_encoder, unet, settings)
 
 
+def prepare(model, args, source):
+    """Freeze what stays as it is, and note in the model's settings what it is for."""
+    model.settings.update(data.settings_of(args))
+    model.loss_weights = model.ddim.loss_weights(args.loss_weight)
+    self_conditioned = model.unet.config.in_channels > 4 + model.condition_channels
+    model.self_cond = args.self_cond if self_conditioned else 0
+    if args.model != "small":
+        model.unet.time_embedding.requires_grad_(False)  # the authors freeze it
+        model.unet.enable_gradient_checkpointing()
+    if source.background_id is not None:  # beyond the paper: instances are in one piece
+        model.settings["postprocess"] = "connected"
+        model.settings["min_area"] = data.least_area(
+            source,
+            args.size,
+            crop=args.crop,
+            num_ids=model.autoencoder.num_ids,
+            factor=model.autoencoder.factor,
+        )
+
+
 def decay_groups(network):
-    """The trained parameters for AdamW: norm layers do not decay (authors)."""
-    kinds = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d)
-    decaying, norms = [], []
+    """The trained parameters in two groups for AdamW: norm layers do not decay
+    (authors).
+    """
+    norms, others = [], []
     for module in network.modules():
-        group = norms if isinstance(module, kinds) else decaying
+        is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d))
+        group = norms if is_norm else others
         group += [p for p in module.parameters(recurse=False) if p.requires_grad]
-    return [{"params": decaying}, {"params": norms, "weight_decay": 0.0}]
+    return [{"params": others}, {"params": norms, "weight_decay": 0.0}]
 
 
 @data.command
 def main(argv=None):
     """Command line: train and evaluate stage 2."""
-    parser = data.training_parser(__doc__)
-    flag = parser.flag
-    flag("--ae", str, "checkpoint of stage 1 (default: ae.pt in --out)")
-    flag("--loss_weight", ["linear", "snr", "none"], "w_j of eq. 4")
-    flag("--latent_scale", data.number(float, 1e-6), "factor on the latents of maps")
-    flag("--self_cond", data.fraction, "share of samples with self-conditioning")
-    flag("--micro_batch", data.positive, "images at a time on each device", default=32)
-    flag("--classes", bool, "train Table 2's classifier, and only that")
-    flag("--given", data.fraction, "share of samples with a partial map", default=0.0)
-    flag("--distill", data.natural, "passes by which the noise chooses ids", default=0)
-    flag("--augment", data.amount, "jitter, random scale, quarter turns", default=0.0)
-    parser.set_defaults(schedule="cosine", clip=1.0)  # clip: the authors'
-    args = data.parse(parser, MODELS, argv, "ldm")
-    device, mixed = data.setup(args)
-    # data, model, optimiser
-    train_source, val_source = data.open_splits(args)
-    model = new_model(args).train()
-    model.begin_training(args, train_source)
-    model.to(device, memory_format=torch.channels_last)
-    more = dict(seed=args.seed, crop=args.crop, augment=args.augment, given=args.given)
-    train_set = data.Training(train_source, args.size, model.autoencoder.num_ids, **more)
-    val_set = ae.HeldOut(val_source, args.eval_images, args.crop)
-    network = model.classifier if args.classes else model  # what is trained
-    ddp = nn.parallel.DistributedDataParallel(network) if data.WORLD > 1 else network
-    validation = mixed(functools.partial(evaluate, model, val_set, predict, args))
-    run = data.Run("ldm", args, model, decay_groups(network), model.settings, validation)
-    loss_weights = model.ddim.loss_weights(args.loss_weight).to(device)  # T
-    data.say_once(f"stage 2 on {device} in {args.precision}")
+    args = data.configure(Settings, SMALL, __doc__, argv)
+    device, precision = data.setup(args)
+    torch.backends.cudnn.benchmark = True  # shapes stay the same
+    mixed = data.autocast(device, precision)
+    # fp16 samples masks equal to fp32's, bf16 slightly worse ones
+    sampling = data.autocast(device, "fp16" if device.type == "cuda" else "fp32")
 
-    # training: Algorithm 1
-    pieces = -(-args.batch_size // (data.WORLD * args.micro_batch))
-    side, T = args.size // model.autoencoder.factor, model.ddim.T
-    batches = iter(data.training_batches(train_set, run.left, args, pieces))
+    # model
+    train_source = data.open_split(args, args.train_split)
+    val_source = data.open_split(args, args.val_split)
+    model = new_model(args)
+    if args.given:  # beyond the paper
+        model = tell_given(model)
+    if args.distill:  # beyond the paper
+        prepare_few_passes(model, args)
+    prepare(model, args, train_source)
+    prepare_classifier(model, args, train_source)  # Table 2
+    model.to(device, memory_format=torch.channels_last).train()
+    network = model.classifier if args.classes else model  # what is trained
+    ddp = data.distributed(network)
+
+    # data
+    num_ids = model.autoencoder.num_ids
+    training = data.Training(train_source, args.size, num_ids=num_ids, seed=args.seed)
+    if args.crop or args.augment or args.given:  # beyond the paper
+        training = data.Augmented(
+            training, crop=args.crop, augment=args.augment, given=args.given
+        )
+    if args.crop:  # beyond the paper
+        val_source = data.Crops(val_source, args.crop)
+    held_out = data.HeldOut(val_source, args.eval_images)
+    held_out.check()
+    factor = model.autoencoder.factor
+    data.warn_of_ceiling(train_source, args, num_ids, factor=factor)
+    sample_batch = functools.partial(
+        sample_maps, model, steps=args.steps, seed=args.seed
+    )
+
+    # optimiser
+    groups = decay_groups(network)
+    weights = [p for group in groups for p in group["params"]]
+    optimizer = torch.optim.AdamW(
+        groups, lr=args.lr, weight_decay=args.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    average = data.Average(weights, args.ema)
+    run = data.Run(args, model, optimizer=optimizer, scaler=scaler, average=average)
+    pieces = math.ceil(args.batch_size / (data.WORLD * args.micro_batch))
+    batches = iter(data.training_batches(training, run.left, args, pieces=pieces))
+    data.say_once(f"stage 2 on {device} in {precision}")
+
     for it in run.iterations():
-        total = 0
-        for batch in itertools.islice(batches, pieces):
-            batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-            b = len(batch["ids"])
-            eps = torch.randn(b, 4, side, side, device=device)  # B x 4 x h x w
-            j = torch.randint(0, T, (b,), device=device)  # B timesteps
-            conditioned = torch.rand(b, device=device) < args.self_cond
-            if args.distill and not args.classes:  # beyond the paper: a quarter as sampling begins
-                j[torch.rand(b, device=device) < 0.25] = T - 1
-                conditioned &= j < T - 1
-                with mixed, run.averaged():
-                    x = model.encode_image(batch["image"])
-                    batch["ids"] = noise_chooses(model, batch["ids"], x, eps, args.distill)
-            with mixed:
-                loss = ddp(batch, eps, j, loss_weights, conditioned) / pieces
-            run.scaler.scale(loss).backward()
-            total = total + loss.detach()
-        run.step(it, total)
-    run.finish(COLUMNS)
+        loss = 0.0
+        for piece in range(pieces):  # micro-batches
+            batch = next(batches)
+            batch = {key: v.to(device, non_blocking=True) for key, v in batch.items()}
+            eps, j = model.draw(batch["ids"])
+            if args.distill and not args.classes:  # beyond the paper
+                with mixed, average.in_place():
+                    batch, j = few_passes(
+                        model, batch, eps=eps, j=j, passes=args.distill
+                    )
+
+            # Gradients of micro-batches add up in each process; the last one's
+            # backward() exchanges the sums. Exchanging each would cost the network's
+            # size every time.
+            exchange = piece == pieces - 1 or data.WORLD == 1
+            with contextlib.nullcontext() if exchange else ddp.no_sync():
+                with mixed:
+                    piece_loss = ddp(batch, eps, j) / pieces  # Algorithm 1
+                scaler.scale(piece_loss).backward()
+            loss = loss + piece_loss.detach()
+
+        # a step down the gradient, unless it has overflowed
+        lr = data.learning_rate(it, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.unscale_(optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(weights, args.clip)  # before clipping
+        if run.is_finite(grad_norm):
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        average.update(it)
+
+        # once in a while
+        done = it + 1
+        if run.time_to_log(done):
+            loss = data.mean_over_processes(loss)
+            run.log(done, loss=loss, grad_norm=grad_norm, lr=lr)
+        if run.time_to_save(done):
+            # Save first: then an evaluation that fails costs nothing.
+            run.save(done, model.settings)
+            with average.in_place(), sampling:
+                figures, rows = evaluate(
+                    model, held_out, sample_batch, args.micro_batch
+                )
+            run.log(done, val_pq=figures["pq"])
+
+    if not run.left:  # nothing was to be trained
+        with sampling:
+            figures, rows = evaluate(model, held_out, sample_batch, args.micro_batch)
+    run.report(figures, rows, data.COMPARISON)
+
+
+# ------------------------------------------------- checkpoints of this stage, read back
+# What a checkpoint says, and what it means if it does not.
+DEFAULTS = {
+    "model": "sd",
+    "data": "data/coco",
+    "train_split": "train2017",
+    "val_split": "val2017",
+    "keep_crowds": False,
+    "seed": 0,
+    "size": 512,
+    "crop": 0,
+    "scheduler": "ddim",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "latent_scale": SD_SCALE,
+    "steps": 50,
+    "postprocess": "paper",  # or one of POSTPROCESS
+    "min_area": None,  # see `ae.void_uncertain`
+    "told": False,  # whether it was trained with --given
+}
+
+
+def read_checkpoint(path):
+    """A checkpoint of either stage: {kind: "ae" or "ldm", settings, weights}.
+
+    The authors' files are read as if they were ours. Raises BadInput.
+    """
+    content = data.load(path)
+    if content["kind"] == "release_ldm":  # beyond the paper
+        return from_release(content, path)
+    if content["kind"] == "release_ae":
+        return {"kind": "ae", "settings": {}}
+    return content
+
+
+def load_model(path, **changes):
+    """The LDM of a checkpoint, ours or the authors', with some settings changed.
+
+    Raises BadInput.
+    """
+    content = read_checkpoint(path)
+    if content["kind"] != "ldm":
+        raise BadInput(
+            f"{path}: is a checkpoint of stage 1; one of diffusion.py is needed"
+        )
+    settings = {**DEFAULTS, **content["settings"]}
+    for name, default in DEFAULTS.items():
+        kinds = (int, type(None)) if default is None else type(default)
+        kinds = (int, float) if kinds is float else kinds
+        if not isinstance(settings[name], kinds):
+            raise BadInput(f"{path}: its setting {name} is {settings[name]!r:.40}")
+    settings.update(changes)
+    with data.reading(path, "checkpoint whose weights fit its settings"):
+        image_encoder = dict(settings["image_encoder"])
+        kind = IMAGE_ENCODERS[image_encoder.pop("kind")]
+        network = ToldLDM if settings["told"] else LDM
+        model = network(
+            ae.build(settings["autoencoder"]),
+            kind(**image_encoder),
+            build_unet(settings["unet"]),
+            settings,
+        )
+        if "categories" in settings:
+            model.classifier = Classifier(settings["categories"], settings["model"])
+        model.load_state_dict(content["weights"])
+    return model.eval()
+
+
+# ------------------------------------------------------- labels for the masks (Table 2)
+class Classifier(nn.Module):
+    """Labels each latent cell: DeepLabv3's head on a ResNet-50, or, for small, four
+    layers.
+
+    `forward` is the training loss. categories: list of {id, name, isthing}.
+    """
+
+    def __init__(self, categories, model, pretrained=False):
+        super().__init__()
+        self.categories = categories
+        count = len(categories)
+        # of ImageNet's pictures
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+        std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        if model == "small":
+            # convolution, batch norm, ReLU
+            layer = torchvision.ops.Conv2dNormActivation
+            self.backbone = nn.Sequential(
+                *layer(3, 32, stride=2),
+                *layer(32, 64, stride=2),
+                *layer(64, 64),
+                *layer(64, 64),
+            )
+            pyramid = torchvision.models.segmentation.deeplabv3.ASPP(64, [2, 4, 6], 64)
+            self.head = nn.Sequential(pyramid, *layer(64, 64), nn.Conv2d(64, count, 1))
+        else:
+            network = torchvision.models.segmentation.deeplabv3_resnet50(
+                num_classes=count, weights_backbone="DEFAULT" if pretrained else None
+            )
+            self.backbone = nn.Sequential(*network.backbone.children())
+            self.head = network.classifier
+
+    def logits(self, images):
+        """Images (B x 3 x H x W, 0..255) -> class logits (B x C x H/8 x W/8; small:
+        H/4).
+        """
+        x = (images / 255 - self.mean) / self.std
+        return self.head(self.backbone(x))
+
+    def forward(self, batch, eps=None, j=None):
+        """Cross-entropy of the cells that have a category; noise and timesteps are not
+        used.
+        """
+        logits = self.logits(batch["image"])  # B x C x h x w
+        ids = batch["ids"][:, None].float()  # B x 1 x S x S
+        ids = F.interpolate(ids, logits.shape[2:])  # of each cell the top left pixel
+        truth = batch["classes"].gather(1, ids.flatten(1).long())  # B x hw, -1 = none
+        total = F.cross_entropy(
+            logits.flatten(2), truth, ignore_index=-1, reduction="sum"
+        )
+        return total / (truth >= 0).sum().clamp(min=1)
+
+
+def same_categories(some, others):
+    """Whether two lists of categories mean the same: their ids and names, in any
+    order.
+    """
+    return {(c["id"], c["name"]) for c in some} == {
+        (c["id"], c["name"]) for c in others
+    }
+
+
+def prepare_classifier(model, args, source):
+    """Give the model the classifier that --classes trains, one of the source's categories.
+
+    One that knows other categories is dropped. Raises BadInput.
+    """
+    old = model.settings.get("categories")
+    if old and same_categories(old, source.categories):
+        source.categories = old  # in the order of the classifier's outputs
+    elif old:
+        data.say_once("note: the classifier of --ckpt knows other categories: dropped")
+        model.classifier = None
+        del model.settings["categories"]
+    if args.classes and model.classifier is None:
+        pretrained = args.model not in ("small", "none")
+        model.classifier = Classifier(source.categories, args.model, pretrained)
+        model.settings["categories"] = source.categories
+    at_once = min(args.micro_batch, args.batch_size // data.WORLD)
+    if args.classes and at_once < 2:
+        raise BadInput("--classes: batch norm needs at least two images on each device")
+    if model.classifier is not None:
+        model.classifier.requires_grad_(args.classes)
+
+
+@torch.no_grad()
+def label(model, image, ids, merge=True):
+    """Label the segments of ids (H x W) of an image (H x W x 3, uint8).
+
+    A segment gets the category of most of its pixels, and their share as its score.
+    merge: segments of one stuff category become one. Without a classifier every segment
+    is of category 1. Returns ids and segments_info.
+    """
+    if model.classifier is None:
+        return ids, data.describe(ids)
+    # The classifier sees the picture at the size, or, with crops, at the scale of
+    # training.
+    size, crop = model.settings["size"], model.settings["crop"]
+    sides = [max(8, round(n * size / (crop or n))) for n in ids.shape]
+    x = torch.tensor(image, device=model.unet.device).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, sides, mode="bilinear", antialias=True)  # 1 x 3 x H' x W'
+    classes, _ = ae.likeliest(model.classifier.logits(x)[0], *ids.shape)  # H x W
+
+    categories = model.classifier.categories
+    best = {}  # id -> its category with the most pixels, and their number
+    for i, k, pixels in pq.overlaps(ids, classes):
+        if i != 0 and pixels > best.get(i, (None, 0))[1]:
+            best[i] = k, pixels
+    first = {}  # stuff category -> its first segment
+    for i, (k, _) in sorted(best.items()):
+        if merge and not categories[k]["isthing"]:
+            ids = np.where(ids == i, first.setdefault(k, i), ids)
+    segments = data.describe(ids)
+    for s in segments:
+        k, _ = best[s["id"]]
+        s["category_id"] = categories[k]["id"]
+        s["score"] = round((classes[ids == s["id"]] == k).mean().item(), 4)
+    return ids, segments
+
+
+class ClassScore:
+    """PQ with classes, if the model has a classifier of the truth's categories."""
+
+    def __init__(self, model, categories):
+        own = model.settings.get("categories")
+        self.model = model
+        self.quality = None
+        if own and same_categories(own, categories):
+            self.quality = pq.PanopticQuality(categories)
+
+    def update(self, sample, found):
+        """Add an id map (H x W, 0 = void) for a sample."""
+        if self.quality is not None:
+            labelled = label(self.model, sample["image"], found)
+            truth = sample["ids"], sample["segments_info"]
+            try:
+                self.quality.update(*truth, *labelled, image=sample["file_name"])
+            except BadInput as error:  # the truth has a category that it does not list
+                data.say_once(f"note: not scored with classes: {error}", anywhere=True)
+
+    def result(self):
+        """{"pq_classes", "pq_things", "pq_stuff"} in percent, or nothing."""
+        if self.quality is None:
+            return {}
+        result = self.quality.result()
+        groups = {"pq_classes": "All", "pq_things": "Things", "pq_stuff": "Stuff"}
+        return pq.percent({name: result[group]["pq"] for name, group in groups.items()})
+
+
+# ===================================================== beyond the paper: v and zero SNR
+class VDDIM(DDIM):
+    """The network estimates v = sqrt(ab_j) eps - sqrt(1 - ab_j) z (Salimans and Ho
+    2022), and z^(T-1) is pure noise: ab_(T-1) = 0 (Lin et al. 2023). A first estimate
+    from pure noise then means something, and training sees what sampling begins
+    with.
+    """
+
+    def __init__(self, beta_start=0.00085, beta_end=0.012):
+        super().__init__(beta_start, beta_end)
+        a = self.alphas_cumprod.sqrt()
+        a = (a - a[-1]) * a[0] / (a[0] - a[-1])  # the first stays, the last becomes 0
+        self.alphas_cumprod = a**2
+
+    def target(self, z, eps, j):
+        """v of z noised with eps to timestep j."""
+        a, b = self.scales(j, z)
+        return a * eps - b * z
+
+    def remove_noise(self, zj, output, j):
+        """The estimate of z^0 from z^j and the network's estimate of v."""
+        a, b = self.scales(j, zj)
+        return a * zj - b * output
+
+
+# ============================================= beyond the paper: the given part is told
+class ToldLDM(LDM):
+    """A part of the map that is given (--given, inpaint.py) is told to the network.
+
+    Its latent is a further input, as in Stable Diffusion's inpainting UNet: the
+    condition is cat([image_latent, known]), where known is 0 in cells without a given
+    pixel. Algorithm 3 alone, which holds given cells at their noised latents, says
+    nothing at high noise, where it is decided which segment gets which id.
+    """
+
+    def __init__(self, autoencoder, image_encoder, unet, settings):
+        super().__init__(autoencoder, image_encoder, unet, settings)
+        self.condition_channels = image_encoder.channels + 4
+
+    def condition(self, batch):
+        """As LDM's, of a batch that may hold `given` (B x S x S ids, 0 = unknown)."""
+        image_latent = super().condition(batch)  # B x c x h x w
+        b, _, height, width = image_latent.shape
+        known = image_latent.new_zeros(b, 4, height, width)
+        if "given" in batch:
+            given = (batch["given"] > 0).float()[:, None]  # B x 1 x S x S
+            cells = F.max_pool2d(given, self.autoencoder.factor) > 0  # B x 1 x h x w
+            known = torch.where(cells, self.encode(batch["given"]), known)
+        return torch.cat([image_latent, known], dim=1)
+
+
+def tell_given(model):
+    """The model with four more input channels for what is given, which begin at
+    zero.
+    """
+    if model.settings["told"]:
+        return model
+    unet = grow_conv_in(model.unet, 4, place=4 + model.image_encoder.channels)
+    settings = {**model.settings, "told": True}
+    told = ToldLDM(model.autoencoder, model.image_encoder, unet, settings)
+    told.classifier = model.classifier
+    return told
+
+
+# ========================================================= beyond the paper: few passes
+# From pure noise the best estimate of z^0 is a mean over all numberings of the
+# segments, for ids are random: one pass shows a blur. So with --distill the noise
+# chooses the numbering: each true segment gets the id that the model's own sample from
+# this very noise would give it.
+def few_passes(model, batch, eps, j, passes):
+    """The batch with ids that the noise chooses, and timesteps of which a quarter are
+    T-1.
+
+    batch, eps, j: as `LDM.forward` takes them; passes: of the sample that shows the
+    noise's choice.
+    """
+    batch = dict(batch)
+    condition = model.condition({"image": batch["image"]})
+    batch["ids"] = name_by_noise(
+        model, batch["ids"], condition, noise=eps, passes=passes
+    )
+    if "given" in batch:
+        batch["given"] = torch.where(batch["given"] > 0, batch["ids"], 0)
+    j = j.clone()
+    # the last ones: not self-conditioned
+    j[-math.ceil(len(j) / 4) :] = model.ddim.T - 1
+    return batch, j
+
+
+@torch.no_grad()
+def name_by_noise(model, ids, condition, noise, passes):
+    """Rename the segments of id maps (B x S x S) as a sample from this noise would.
+
+    condition, noise: as `LDM.sample` takes them. From the largest to the smallest
+    segment, each takes the free id that the sample finds likeliest on its pixels. So a
+    segment that the sample merges with another has a name that follows from the noise,
+    too.
+    """
+    renamed = torch.zeros_like(ids)
+    z0 = model.sample(condition, noise, passes)
+    for b, logits in enumerate(
+        model.decode(z0)
+    ):  # one at a time: B x N x S x S is large
+        logits = ae.resize(logits, *ids.shape[1:]).log_softmax(0).flatten(1)  # N x SS
+        masks = F.one_hot(ids[b].flatten().long(), len(logits)).float()  # SS x N
+        pixels = masks.sum(0)  # N
+        scores = (logits @ masks / pixels.clamp(min=1)).T.cpu()  # N old x N new ids
+        scores[:, 0] = -torch.inf  # void is no name
+        pixels = pixels.cpu()
+        name = torch.zeros(len(logits), dtype=ids.dtype)
+        for old in pixels.argsort(descending=True).tolist():
+            if old != 0 and pixels[old] > 0:
+                new = int(scores[old].argmax())
+                name[old] = new
+                scores[:, new] = -torch.inf  # taken
+        renamed[b] = name.to(ids.device)[ids[b].long()]
+    return renamed
+
+
+def prepare_few_passes(model, args):
+    """Of pure noise, an estimate of eps says nothing about z^0: estimate v instead."""
+    args.scheduler = "ddim-v"
+    model.ddim = VDDIM(model.settings["beta_start"], model.settings["beta_end"])
+
+
+# =============================================== beyond the paper: objects in one piece
+def connected_ids(model, logits, height, width):
+    """For instances: parts of a segment that do not touch become segments of their
+    own.
+    """
+    ids, probability = ae.likeliest(logits, height, width)
+    return ae.connected(ids), probability
+
+
+# =========================================== beyond the paper: the authors' checkpoints
+# Settings in their files that change what the network computes, and the values that
+# work here.
+RELEASE = {
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "parametrization": "gaussian",
+    "encoding_mode": "bits",
+    "fill_value": 0.5,
+    "image_descriptors": "remove",
+    "backbone": "unet",
+    "act_fn": "none",
+    "num_upscalers": 2,
+    "num_mid_blocks": 0,
+    "clip_sample": False,
+    "thresholding": False,
+    "set_alpha_to_one": False,
+    "clamp_output": False,
+    "fuse_rgb": False,
+    "resize_input": False,
+    "skip_encoder": False,
+    "shared_vae_encoder": False,
+    "separate_conv": False,
+    "separate_encoder": False,
+    "add_adaptor": False,
+}
+# Their names for our parts.
+RELEASE_PARTS = {
+    "autoencoder": "vae_semseg",
+    "image_encoder": "vae_image",
+    "unet": "unet",
+}
+# What is not used: conv_in once more, and the half of the VAE that makes pictures.
+RELEASE_UNUSED = ("unet.new_conv.", "image_encoder.post_quant_conv.")
+# Attention layers had other names up to diffusers 0.16, which they used.
+RELEASE_ATTENTION = {
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "proj_attn": "to_out.0",
+}
+
+
+class ReleaseDDIM(DDIM):
+    """The authors' timesteps, which begin below T-1 where the steps do not divide T."""
+
+    def timesteps(self, steps):
+        """As DDIM's, with a stride of whole timesteps: 30 steps begin at 989."""
+        stride = self.T // max(1, steps)
+        if stride == 0:
+            return super().timesteps(steps)  # says what is wrong
+        timesteps = [(i + 1) * stride - 1 for i in reversed(range(steps))]
+        return list(zip(timesteps, [*timesteps[1:], -1]))
+
+
+def release_ids(model, logits, height, width):
+    """The authors' evaluation: logits go through the training size, and a segment that
+    holds less than half of the pixels where its own sigmoid is over 0.5 becomes
+    void.
+    """
+    size = model.settings["size"]
+    logits = ae.resize(logits, size, size)
+    ids, probability = ae.likeliest(logits, height, width)
+    sure = data.areas(np.where(probability >= 0.5, ids, 0))
+    for i in data.areas(ids):
+        own = ae.resize(logits[i : i + 1], height, width)  # 1 x height x width
+        if 2 * sure.get(i, 0) < (own >= 0).sum().item():
+            ids = np.where(ids == i, 0, ids)
+    return ids, probability
+
+
+def flatten(settings, depth=3):
+    """Settings nested to some depth as one dict; inner ones decide."""
+    flat = dict(settings)
+    for value in settings.values():
+        if isinstance(value, dict) and depth > 0:
+            flat.update(flatten(value, depth - 1))
+    return flat
+
+
+def release_weights(content):
+    """The tensors of the authors' checkpoint by our names."""
+    weights = {}
+    for part, theirs in RELEASE_PARTS.items():
+        for key, value in content[theirs].items():
+            words = key.removeprefix("module.").split(".")
+            words = [RELEASE_ATTENTION.get(word, word) for word in words]
+            name = ".".join([part, *words])
+            if not name.startswith(RELEASE_UNUSED):
+                weights[name] = value
+    return weights
+
+
+def release_blocks(weights, part):
+    """The widths and the depth of a network of four resolutions, as its tensors
+    tell.
+    """
+    pattern = f"{part}.down_blocks.*.resnets.*.conv1.weight"
+    first_convs = fnmatch.filter(weights, pattern)
+    depth = len(first_convs) // 4
+    widths = [len(weights[name]) for name in first_convs[::depth]]
+    return {"block_out_channels": widths, "layers_per_block": depth}
+
+
+def from_release(content, path):
+    """The authors' diffusion checkpoint as one of ours: Stable Diffusion's classes, as
+    wide as the tensors tell. Its settings are honoured or refused by name. Raises
+    BadInput.
+    """
+    with data.reading(path, "checkpoint of the authors' release"):
+        told = flatten(content.get("p") or {})
+        for name, works in RELEASE.items():
+            if told.get(name, works) != works:
+                raise BadInput(
+                    f"{path}: its setting {name} is {told[name]!r:.40}; {works!r} works here"
+                )
+        weights = release_weights(content)
+        unet = release_blocks(weights, "unet")
+        unet["in_channels"] = weights["unet.conv_in.weight"].shape[1]
+        vae = {**ae.SD_VAE, **release_blocks(weights, "image_encoder.encoder")}
+        vae["kind"] = "sd"
+        vae["scale"] = told.get("image_scaling_factor", SD_SCALE)
+        settings = {
+            "scheduler": "ddim-release",
+            "postprocess": "release",
+            "autoencoder": ae.release_settings(content["vae_semseg"]),
+            "image_encoder": vae,
+            "unet": unet,
+            "latent_scale": told.get("scaling_factor", SD_SCALE),
+        }
+        for name in ("size", "beta_start", "beta_end"):
+            if name in told:
+                settings[name] = told[name]
+        return {"kind": "ldm", "settings": settings, "weights": weights}
+
+
+SCHEDULERS = {"ddim": DDIM, "ddim-v": VDDIM, "ddim-release": ReleaseDDIM}
+POSTPROCESS = {"connected": connected_ids, "release": release_ids}
 
 
 if __name__ == "__main__":

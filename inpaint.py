@@ -1,24 +1,30 @@
-"""inpaint.py: complete a partial segmentation, keeping its ids (paper 3.3, Algorithm 3; Fig. 6, 9).
+"""inpaint.py: complete a partial segmentation, keeping its ids (3.3, Algorithm 3; Fig.
+6, 9).
 
-    python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks, complete
-    python inpaint.py --click 4                           # one click of this radius on each object
-    python inpaint.py --sweep                             # over drop rates and block sizes
+    python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks
+    python inpaint.py --click 4                           # one click on each object instead
+    python inpaint.py --drop 0.1 0.3 0.5 0.7 0.9 --block 16 32 64 128     # Fig. 9, right
     python inpaint.py --image photo.jpg --mask part.png   # your own mask (id PNG, 0 = unknown)
-    python inpaint.py --paper --steps 50                  # Algorithm 3 exactly as printed
 
-Symbols: y the partial id map (0 = unknown), known = scale * E(y), M which latent cells count as
-given (B x 1 x h x w: at least half of their pixels are); the rest as in diffusion.py. A block is so
-many pixels of the network's input wide (512 for the paper's model).
+Symbols: y the partial id map (0 = unknown), known = scale * E(y), M which latent cells
+count as given (B x 1 x h x w: those of which at least half of the pixels are); the
+others as in diffusion.py. A block is so many pixels of the network's input wide (512
+for the paper's model).
 
-Ids survive because they are content, not an order of outputs: latents of given cells are held,
-given pixels pasted. A segmenter that matches its outputs to objects can't do that. But which
-segment has which id is decided at high noise, where held cells say almost nothing. So by default
-(`complete`, beyond the paper) the given ids first get the names that the noise would choose."""
+In Algorithm 3 ids survive because they are content, not an order of outputs: the
+latents of given cells are held, and given pixels are pasted. A segmenter that matches
+its outputs to objects cannot do that. Which segment has which id is decided at high
+noise, however, where held cells say almost nothing. Beyond the paper (`told_maps`), the
+given ids first get names that the noise would choose, and the given part is told to the
+network; then segments get back the given id that they cover most.
+"""
 
+import functools
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
-import data  # before torch: it sets what PyTorch reads on loading
+import data  # before torch: it sets what PyTorch reads on import
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,166 +33,315 @@ import ae
 import diffusion
 import pq
 import sample
-from data import BadInput
+from data import BadInput, flag, fraction, natural, nonempty, positive
 
 
+# ----------------------------------------------------------------------------- settings
+@dataclass
+class Settings:
+    """What inpaint.py can be told."""
+
+    ckpt: str = flag(
+        None,
+        "of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)",
+        nonempty,
+    )
+    data: str = flag(
+        None, "'shapes' or a folder (default: as the checkpoint)", nonempty
+    )
+    split: str = flag(None, "(default: the checkpoint's validation split)", nonempty)
+    limit: int = flag(None, "only so many pictures, the first ones", positive)
+    drop: tuple = flag(
+        (0.5,), "share of dropped blocks; several for a table", fraction, nargs="+"
+    )
+    block: tuple = flag(
+        (8,), "side of a block, px; several for a table", positive, nargs="+"
+    )
+    click: int = flag(
+        None, "give clicks of this radius on things instead of blocks", positive
+    )
+    image: str = flag(None, "a picture of yours, with --mask", nonempty)
+    mask: str = flag(
+        None, "its partial mask: id PNG of the same size, 0 = unknown", nonempty
+    )
+    paper: bool = flag(
+        False, "of your mask: Algorithm 3 even if the checkpoint can do more", bool
+    )
+    steps: int = flag(None, "of sampling (default: as the checkpoint)", positive)
+    seed: int = flag(0, "of the noise and of dropped blocks", natural)
+    device: str = flag(
+        "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
+    )
+    out: str = flag("out", "folder to write to", nonempty)
+    precision = "auto"
+    images = None
+    keep_crowds = False
+    batch_size = 16  # pictures or tiles at a time
+
+
+# -------------------------------------------------------------------------- Algorithm 3
 @torch.no_grad()
-def inpaint(model, image_latent, known, M, noise, steps):
-    """Algorithm 3: sample the latent while given cells are held at their (noised) known value.
-    known: B x 4 x h x w; M: B x 1 x h x w, 1 = given; noise: z^T and eps0, two of B x 4 x h x w."""
-    (z, eps0), self_cond = noise, torch.zeros_like(known)
+def inpaint(model, condition, known, M, noise, steps):
+    """Algorithm 3: sample the latent while given cells are held at their noised known
+    value.
+
+    condition: as `LDM.sample` takes it; known: B x 4 x h x w; M: B x 1 x h x w, 1 =
+    given; noise: z^T and eps0, two of B x 4 x h x w.
+    """
+    z, eps0 = noise
+    self_cond = torch.zeros_like(known)
     for j, j_prev in model.ddim.timesteps(steps):
-        z = M * model.ddim.add_noise(known, eps0, j) + (1 - M) * z  # given cells: noised to j
-        output = model.denoise(z, image_latent, self_cond, j)
+        known_j = model.ddim.add_noise(known, eps0, j)
+        z = M * known_j + (1 - M) * z  # given cells: noised to j
+        output = model.denoise(z, condition, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
-        z0 = self_cond = M * known + (1 - M) * z0
+        z0 = M * known + (1 - M) * z0
+        self_cond = z0
         z = model.ddim.step(z, z0, j, j_prev)  # eq. 5
     return z0
 
 
-@torch.no_grad()
-def complete(model, image_latent, given, M, noise, steps):
-    """The default, beyond the paper: given ids (B x S x S), renamed by the noise -> B x 4 x h x w.
-    As Algorithm 3, but the given part is told to the network from the start, where it looks for its
-    last estimate (see --given), and pasted into each estimate's pixels. One noise for all."""
-    given = diffusion.noise_chooses(model, given, image_latent, noise, steps)  # B x S x S
-    known, cells = model.known(given)  # cells: those with any given pixel
-    z, self_cond = noise, cells * known
-    for j, j_prev in model.ddim.timesteps(steps):
-        z = M * model.ddim.add_noise(known, noise, j) + (1 - M) * z
-        output = model.denoise(z, image_latent, self_cond, j)
-        z0 = model.ddim.remove_noise(z, output, j)
-        if j_prev >= 0:
-            z0 = model.encode(model.likeliest(z0, given))  # given pixels pasted
-        z = model.ddim.step(z, z0, j, j_prev)
-        self_cond = torch.where(cells, known, z0)
-    return z0
+def random_names(sample_, num_ids, seed):
+    """A sample's partial map in random ids 1..N-1, as in training, and {given id: its
+    name}.
+
+    Of more given segments than there are ids the largest are told.
+    """
+    given = sample_["given"]
+    rng = data.stream_of(sample_, seed, 3)
+    return data.relabel(given, data.describe(given), num_ids=num_ids, rng=rng)
 
 
-def renamed(found, given, min_area):
-    """Ids (H x W) and their certainty -> ids, int32: a segment gets the given id (0 = unknown) that
-    it covers most, else an unused one. Uncertain and small ones become void, given pixels stay."""
-    ids, certainty = found
-    of_ids, of_given, pixels = pq.overlaps(ids, given)
-    area, enough = data.areas(given), ids.max() + 1 + len(pixels)
-    names = np.setdiff1d(np.arange(enough, dtype=np.int32), of_given[of_given > 0])  # unused ids
-    for k in pixels.argsort():  # of several that a segment covers the last one stays
-        # less than a twentieth of what is given of an id is a click that touches its surroundings
-        if of_ids[k] and pixels[k] >= 0.05 * area.get(of_given[k], np.inf):
-            names[of_ids[k]] = of_given[k]
-    return np.where(given > 0, given, ae.keep(names[ids], certainty, min_area))
+def given_cells(model, given):
+    """M: which latent cells of partial maps (B x S x S) count as given: B x 1 x h x
+    w.
+    """
+    share = F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor)
+    return (share >= 0.5).float()
 
 
-def complete_tiles(model, tiles, args):
-    """Complete tiles (samples whose image is H x W x 4, int32: a picture and a partial map of any
-    ids): of each its ids, which are not yet the given ones, and their certainty."""
-    size, factor = model.settings["size"], model.autoencoder.factor
-    partial, samples = [], []  # maps in random ids 1..N-1, as in training
-    for tile in tiles:
-        y, rng = tile["image"][..., 3], np.random.default_rng(args.seed)
-        partial.append(data.relabel(y, data.describe(y), model.autoencoder.num_ids, rng)[0])
-        samples.append(tile | {"image": tile["image"][..., :3].astype(np.uint8)})
-    image_latent, noise = model.inputs(samples, args.seed)
-    given = np.stack([data.resize_ids(y, size, size) for y in partial])
-    given = torch.from_numpy(given).to(image_latent.device)  # B x S x S
-    M = (F.avg_pool2d((given > 0).float()[:, None], factor) >= 0.5).float()  # B x 1 x h x w
-    if args.paper:
-        z0 = inpaint(model, image_latent, model.encode(given), M, noise, args.steps)
-    else:
-        z0 = complete(model, image_latent, given, M, noise[0], args.steps)
-    for logits, y in zip(model.decode(z0), partial):
-        ids, certainty = diffusion.segments(model, logits, *y.shape)
-        # pasted here, each given id covers pixels of its own alone, which is how `renamed` knows it
-        yield np.where(y > 0, y, ids) if args.paper else ids, certainty
+def complete_maps(model, samples, steps, seed):
+    """Algorithm 3 on samples with a partial map `given` (H x W, any ids, 0 = unknown).
+
+    Returns of each a map of ids, in which what has the name of a given segment has its
+    id, and every other segment an id that was not given; and the ids' probability.
+    """
+    size = model.settings["size"]
+    partial, names = [], []
+    for s in samples:
+        y, name_of = random_names(s, model.autoencoder.num_ids, seed)
+        partial.append(data.resize_ids(y, size, size))
+        names.append(name_of)
+    given = torch.from_numpy(np.stack(partial)).to(model.unet.device)  # B x S x S
+    known = model.encode(given)  # B x 4 x h x w
+    condition = model.condition(diffusion.batch_of(model, samples))
+    noise = diffusion.noise_of(model, samples, seed)
+    z0 = inpaint(model, condition, known, given_cells(model, given), noise, steps)
+    completed = []
+    for s, name_of, logits in zip(samples, names, model.decode(z0)):
+        ids, probability = diffusion.to_ids(model, logits, *s["given"].shape)
+        completed.append((restore_names(ids, name_of, s["given"]), probability))
+    return completed
 
 
-def complete_batch(model, samples, partial, args):
-    """Complete partial id maps (H x W, any ids, 0 = unknown) of samples (see `LDM.inputs`) -> list
-    of H x W ids. Given ids are kept. args: steps, seed, votes, batch_size, paper."""
-    pairs = [s | {"image": np.dstack([s["image"], y])} for s, y in zip(samples, partial)]
-    found = sample.predict(model, pairs, args, complete_tiles)
-    return [renamed(one, y, model.settings["min_area"]) for one, y in zip(found, partial)]
+def restore_names(ids, name_of, given):
+    """A map in random ids -> the given ids, and unused ones for what was not given.
+
+    name_of: {given id: its random id}; given: the partial map, which is pasted.
+    """
+    unused = (n for n in itertools.count(1) if n not in name_of)
+    id_of = {name: i for i, name in name_of.items()}
+    table = np.zeros(int(ids.max()) + 1, np.int32)
+    for name in data.areas(ids):
+        table[name] = id_of[name] if name in id_of else next(unused)
+    return np.where(given > 0, given, table[ids])
 
 
-# ------------------------------------------------------------------------------------ evaluation
-def part_of(sample_, stuff, settings, args):
-    """Part of a sample's ids (H x W, 0 = unknown): blocks, or clicks but on `stuff` categories."""
-    segments = sample_["segments_info"]
-    unused = [s["id"] for s in segments if s["iscrowd"] or args.click and s["category_id"] in stuff]
-    ids = np.where(np.isin(sample_["ids"], unused), 0, sample_["ids"])
-    if not args.click:
-        rng = np.random.default_rng((args.seed, 4, *str(sample_["image_id"]).encode()))
-        # as many pixels as the network sees of the picture, all tiles together
-        height, width = (round(n * settings["size"] / (settings["crop"] or n)) for n in ids.shape)
-        blocks = data.drop_blocks(max(height, width), args.drop, args.block, rng)
-        return np.where(data.resize_ids(blocks[:height, :width], *ids.shape), ids, 0)
+# --------------------------------------------------------------- dropped blocks, clicks
+def drop_part(sample_, settings, drop, block, seed):
+    """A sample's ids (H x W), of which a share of the blocks becomes unknown (0);
+    3.3.
+    """
+    ids = without_crowds(sample_)
+    rng = data.stream_of(sample_, seed, 4)
+    # as many pixels as the network sees of the picture, all tiles together
+    size, crop = settings["size"], settings["crop"]
+    height, width = [round(n * size / (crop or n)) for n in ids.shape]
+    kept = data.drop_blocks(max(height, width), drop, block=block, rng=rng)
+    kept = data.resize_ids(kept[:height, :width].astype(np.uint8), *ids.shape)
+    return np.where(kept > 0, ids, 0)
+
+
+def click_part(sample_, radius, stuff):
+    """A click of a radius on each segment of a sample, but for categories in
+    `stuff`.
+    """
+    ids = without_crowds(sample_)
     given = np.zeros_like(ids)
-    for i in np.unique(ids[ids > 0]):
-        pixels = np.argwhere(ids == i)  # P x 2
-        # the pixel nearest to its centre, which may itself lie outside
-        middle = pixels[np.linalg.norm(pixels - pixels.mean(0), axis=1).argmin()]
-        given[tuple(pixels[np.linalg.norm(pixels - middle, axis=1) <= args.click].T)] = i
+    for s in sample_["segments_info"]:
+        pixels = np.argwhere(ids == s["id"])  # P x 2
+        if s["category_id"] in stuff or len(pixels) == 0:
+            continue
+        # the pixel nearest to the centre, which may itself lie outside
+        from_centre = np.linalg.norm(pixels - pixels.mean(0), axis=1)
+        middle = pixels[from_centre.argmin()]
+        from_middle = np.linalg.norm(pixels - middle, axis=1)
+        given[tuple(pixels[from_middle <= radius].T)] = s["id"]
     return given
 
 
-def evaluate(model, dataset, args):
-    """Drop and complete a held-out set: a table, pictures. Returns, in percent, PQ and id_accuracy
-    (the share of the unknown pixels of given segments that get the right id) of the completion, of
-    a sample that is renamed after what is given, and of the input as it is."""
-    scores, counts = {name: pq.Score() for name in ("completion", "renamed", "input")}, []
-    stuff = [c["id"] for c in dataset.source.categories if not c["isthing"]]
-
-    def complete_samples(samples):
-        """Completions of one batch, and pictures of them."""
-        partial = [part_of(s, stuff, model.settings, args) for s in samples]
-        completed = complete_batch(model, samples, partial, args)
-        sampled = sample.predict(model, samples, args)
-        for s, y, done, other in zip(samples, partial, completed, sampled):
-            # pixels that were not given, of segments that were
-            to_find = (y == 0) & np.isin(s["ids"], y[y > 0])
-            maps = done, renamed(other, y, model.settings["min_area"]), y
-            counts.append([(ids == s["ids"])[to_find].sum() for ids in maps] + [to_find.sum()])
-            for score, ids in zip(scores.values(), maps):
-                score.update(s, ids)
-            yield done, [data.colorize(ids) for ids in (y, done, s["ids"])]
-
-    _, rows = ae.evaluate(dataset, complete_samples, args.batch_size)
-    *right, unknown = np.sum(counts, 0).tolist()  # over all images
-    figures, what = {}, f"drop {args.drop} block {args.block}"
-    for (name, score), pixels in zip(scores.items(), right):
-        figures[name] = score.result() | {"id_accuracy": 100 * pixels / max(unknown, 1)}
-    print(pq.line([f"click {args.click}" if args.click else what, *figures["input"]], 12))
-    for name, row in figures.items():
-        print(pq.line([name, *row.values()], 12), flush=True)
-    data.sheet(f"{args.out}/inpaint.png", rows, ["image", "given", "completion", "truth"])
-    return figures
+def without_crowds(sample_):
+    """A sample's ids, crowds as void."""
+    crowds = [s["id"] for s in sample_["segments_info"] if s["iscrowd"]]
+    return np.where(np.isin(sample_["ids"], crowds), 0, sample_["ids"])
 
 
-def sweep(model, dataset, args):
-    """Fig. 9, right: the figures of `evaluate` over drop rates and block sizes, and a plot."""
-    cells, curves = {}, {}
-    blocks = [max(1, model.settings["size"] // n) for n in (32, 16, 8, 4)]
-    for args.drop, args.block in itertools.product((0.1, 0.3, 0.5, 0.7, 0.9), blocks):
-        figures = cells[f"drop {args.drop} block {args.block}"] = evaluate(model, dataset, args)
-        point = args.drop, figures["completion"]["pq"] or 0
-        curves.setdefault(f"block {args.block}", []).append(point)
-    data.plot(f"{args.out}/inpaint_sweep.png", curves, "drop rate", "PQ")
-    print(f"-> {args.out}/inpaint_sweep.png")
-    return cells
+# --------------------------------------------------------------------------- evaluation
+class IdAccuracy:
+    """The share of pixels that were not given, of segments that were, with the right
+    id.
+    """
+
+    def __init__(self):
+        self.right = 0
+        self.pixels = 0
+
+    def update(self, ids, given, truth):
+        """Add a completed map, what was given of it, and the truth (H x W each)."""
+        asked = (given == 0) & np.isin(truth, given[given > 0])
+        self.right += int((ids == truth)[asked].sum())
+        self.pixels += int(asked.sum())
+
+    def result(self):
+        """In percent; None if there is no such pixel."""
+        return 100 * self.right / self.pixels if self.pixels else None
 
 
+def methods_of(model, args):
+    """{name: function of samples that completes them}, those that are compared."""
+    methods = {"Algorithm 3": complete_maps}
+    if model.settings["told"]:  # beyond the paper
+        methods["given part told"] = told_maps
+    methods["sampled and renamed"] = renamed_maps
+    methods["input as it is"] = input_maps
+    return {
+        name: functools.partial(
+            complete, model, method=method, steps=args.steps, seed=args.seed
+        )
+        for name, method in methods.items()
+    }
+
+
+@torch.no_grad()
+def complete(model, samples, method, steps, seed):
+    """Completed maps (H x W, int32) of samples with `given`, whose pixels and ids are
+    kept.
+
+    method: `complete_maps` (Algorithm 3), or one of those below it.
+    """
+    draw = functools.partial(method, steps=steps, seed=seed)
+    with sample.precision_of(model):
+        if model.settings["crop"] and method is not input_maps:  # beyond the paper
+            found = complete_in_tiles(model, samples, draw)
+        else:
+            found = draw(model, samples)
+    completed = []
+    for s, (ids, probability) in zip(samples, found):
+        ids = ae.void_uncertain(ids, probability, model.settings["min_area"])
+        completed.append(np.where(s["given"] > 0, s["given"], ids).astype(np.int32))
+    return completed
+
+
+def evaluate(model, held_out, part_of, args):
+    """Complete a held-out set by each method. part_of: a sample -> the part that is
+    given.
+
+    Prints a row for each method, PQ, SQ, RQ and id accuracy, in percent. Returns them,
+    and pictures of some.
+    """
+    methods = methods_of(model, args)
+    scores = {name: pq.Score() for name in methods}
+    accuracies = {name: IdAccuracy() for name in methods}
+    rows = []
+    for samples in held_out.batches(args.batch_size):
+        samples = [{**s, "given": part_of(s)} for s in samples]
+        completed = {name: method(samples) for name, method in methods.items()}
+        for name, maps in completed.items():
+            for s, ids in zip(samples, maps):
+                scores[name].update(s, ids)
+                accuracies[name].update(ids, s["given"], s["ids"])
+        best = "given part told" if "given part told" in completed else "Algorithm 3"
+        for k, s in enumerate(samples[: data.PICTURES - len(rows)]):
+            maps = [completed["Algorithm 3"][k]]
+            if best != "Algorithm 3":
+                maps.append(completed[best][k])
+            rows.append(data.completion(s, s["given"], maps))
+    figures = {}
+    for name in methods:
+        accuracy = accuracies[name].result()
+        figures[name] = {**scores[name].result(), "id_accuracy": accuracy}
+    return figures, rows
+
+
+def run_experiments(model, held_out, args):
+    """The table of every drop rate and block size, or of clicks, and a picture of the
+    last.
+    """
+    settings = model.settings
+    if args.click:
+        stuff = [c["id"] for c in held_out.source.categories if not c["isthing"]]
+        parts = {
+            f"click {args.click}": functools.partial(
+                click_part, radius=args.click, stuff=stuff
+            )
+        }
+    else:
+        parts = {}
+        for drop, block in itertools.product(args.drop, args.block):
+            parts[f"drop {drop} block {block}"] = functools.partial(
+                drop_part, settings=settings, drop=drop, block=block, seed=args.seed
+            )
+    print(
+        f"{len(held_out)} pictures, {len(parts)} kinds of given parts, {args.steps} steps"
+    )
+    results = {}
+    for title, part_of in parts.items():
+        figures, rows = evaluate(model, held_out, part_of, args)
+        print(pq.line([title.ljust(20), *next(iter(figures.values()))], 8))
+        for name, row in figures.items():
+            print(pq.line([name.ljust(20), *row.values()], 8), flush=True)
+        results[title] = figures
+    captions = ["image", "given", "Algorithm 3 (hatched: added)"]
+    if model.settings["told"]:
+        captions.append("given part told")
+    data.sheet(f"{args.out}/inpaint.png", rows, [*captions, "truth"])
+    print(f"-> {args.out}/inpaint.png")
+    return results
+
+
+# ------------------------------------------------------------------------ your own mask
 def complete_file(model, args):
     """--image and --mask: complete a user's own partial mask. Raises BadInput."""
-    image, given = data.read_image(args.image), data.read_id_png(args.mask)
+    image = data.read_image(args.image)
+    given = data.read_id_png(args.mask)
     if given.shape != image.shape[:2]:
-        raise BadInput(f"--mask {args.mask}: is {given.shape} pixels, the image {image.shape[:2]}")
+        raise BadInput(
+            f"--mask {args.mask}: is {given.shape} pixels, the image {image.shape[:2]}"
+        )
+    data.check_mask(args.mask, given)
+    method = complete_maps
+    if model.settings["told"] and not args.paper:  # beyond the paper
+        method = told_maps
     stem = Path(args.out, Path(args.image).stem)
-    [ids] = complete_batch(model, [{"image": image, "image_id": stem.name}], [given], args)
+    samples = [{"image": image, "given": given, "image_id": stem.name}]
+    [ids] = complete(model, samples, method=method, steps=args.steps, seed=args.seed)
     data.write_id_png(f"{stem}_completed.png", ids)
-    row = [image, data.colorize(given), data.overlay(image, ids)]
-    data.sheet(f"{stem}_inpaint.png", [row], ["image", "given", "completion"], cell=256)
-    _, segments = model.label(image, ids, merge=False)
-    kept = len(data.describe(given))
+    row = data.completion({"image": image, "file_name": args.image}, given, [ids])
+    data.sheet(
+        f"{stem}_inpaint.png", [row], ["image", "given", "completed (hatched: added)"]
+    )
+    _, segments = diffusion.label(model, image, ids, merge=False)
+    kept = len(data.areas(given))
     added = len(segments) - kept
     print(f"{kept} ids kept, {added} added -> {stem}_completed.png, {stem}_inpaint.png")
     return {"given": kept, "added": added, "segments_info": segments}
@@ -194,31 +349,111 @@ def complete_file(model, args):
 
 @data.command
 def main(argv=None):
-    """Command line: complete dropped masks of a held-out set, or a user's mask."""
-    parser = sample.sampling_parser(__doc__)
-    flag = parser.flag
-    flag("--steps", data.positive, "sampling steps (default: as the checkpoint says)")
-    flag("--drop", data.fraction, "share of dropped blocks (%(default)s)", default=0.5)
-    flag("--block", data.positive, "side of a block in px (%(default)s)", default=8)
-    flag("--click", data.positive, "instead, clicks of this radius on things", metavar="R")
-    flag("--sweep", bool, "drop 0.1..0.9 x blocks of 1/32..1/4 of the side")
-    flag("--image", str, "a picture of yours, with --mask")
-    flag("--mask", str, "its partial mask: id PNG of the same size, 0 = unknown")
-    args = parser.parse_args(argv)
+    """Command line: complete a held-out set of which a part is given, or a user's
+    mask.
+    """
+    args = Settings(**data.parse(Settings, __doc__, argv))
     if bool(args.image) != bool(args.mask):
         raise BadInput("--image and --mask belong together: give both")
-    if data.WORLD > 1 or args.click and (args.sweep or args.image):
-        raise BadInput("--click goes without --sweep and --image, and all without torchrun")
-    device, mixed = data.setup(args)
-    model = sample.load(args.ckpt, device, args.paper, args.min_area)
+    if data.WORLD > 1:
+        raise BadInput("inpaint.py runs in one process: start it without torchrun")
+    if args.paper and not args.image:
+        raise BadInput("--paper is for a mask of your own; the table shows both ways")
+    device, _ = data.setup(args)
+    model = sample.load(args.ckpt, device)
     args.steps = args.steps or model.settings["steps"]
-    with mixed:
-        if args.image:
-            figures = complete_file(model, args)
-        else:
-            evaluation = sweep if args.sweep else evaluate
-            figures = evaluation(model, sample.open_split(model, args), args)
-    data.write(args.json, figures)
+    if args.image:
+        figures = complete_file(model, args)
+    else:
+        held_out = sample.open_held_out(model, args)
+        figures = run_experiments(model, held_out, args)
+    data.write(f"{args.out}/inpaint.json", figures)
+
+
+# ===================================================================== beyond the paper
+def told_maps(model, samples, steps, seed):
+    """Algorithm 3 with the given part told to the network (see `diffusion.ToldLDM`).
+
+    The given ids first get the names that the noise would choose, and afterwards
+    segments the given id that they cover most. Takes and returns what `complete_maps`
+    does.
+    """
+    size = model.settings["size"]
+    partial = []
+    for s in samples:
+        y, _ = random_names(s, model.autoencoder.num_ids, seed)
+        partial.append(data.resize_ids(y, size, size))
+    given = torch.from_numpy(np.stack(partial)).to(model.unet.device)  # B x S x S
+    noise, _ = diffusion.noise_of(model, samples, seed)
+    batch = diffusion.batch_of(model, samples)
+    nothing_told = model.condition(batch)
+    given = diffusion.name_by_noise(
+        model, given, nothing_told, noise=noise, passes=steps
+    )
+    told = model.condition({**batch, "given": given})
+    # In training, the noise that chooses the names is also that of the map.
+    z0 = inpaint(
+        model,
+        told,
+        known=model.encode(given),
+        M=given_cells(model, given),
+        noise=(noise, noise),
+        steps=steps,
+    )
+    completed = []
+    for s, logits in zip(samples, model.decode(z0)):
+        ids, probability = diffusion.to_ids(model, logits, *s["given"].shape)
+        completed.append((name_by_cover(ids, s["given"]), probability))
+    return completed
+
+
+def renamed_maps(model, samples, steps, seed):
+    """Algorithm 2, which knows nothing of the given part; then segments get given
+    ids.
+    """
+    completed = []
+    found = diffusion.sample_maps(model, samples, steps, seed)
+    for s, (ids, probability) in zip(samples, found):
+        completed.append((name_by_cover(ids, s["given"]), probability))
+    return completed
+
+
+def input_maps(model, samples, steps, seed):
+    """The given parts as they are."""
+    return [(s["given"], np.ones(s["given"].shape, np.float32)) for s in samples]
+
+
+def name_by_cover(ids, given):
+    """Rename segments (H x W): each gets the given id (0 = unknown) that it covers
+    most.
+
+    A segment that covers nothing given gets an unused id. Less than a twentieth of what
+    is given of an id is a click that touches its surroundings, and does not count.
+    """
+    given_area = data.areas(given)
+    best = {}  # segment -> the given id that it covers most, and how many pixels
+    for segment, i, pixels in pq.overlaps(ids, given):
+        if segment == 0 or i == 0 or pixels < 0.05 * given_area[i]:
+            continue
+        if pixels > best.get(segment, (0, 0))[1]:
+            best[segment] = i, pixels
+    unused = (n for n in itertools.count(1) if n not in given_area)
+    table = np.zeros(int(ids.max()) + 1, np.int32)
+    for segment in data.areas(ids):
+        table[segment] = best[segment][0] if segment in best else next(unused)
+    return table[ids]
+
+
+def complete_in_tiles(model, samples, draw):
+    """`draw` on tiles of pictures, joined. In each tile ids are restored by their
+    content or cover; joining renames them, so that the whole is named by what it covers
+    once more.
+    """
+    completed = []
+    found = sample.sample_in_tiles(model, samples, draw, batch_size=16)
+    for s, (ids, probability) in zip(samples, found):
+        completed.append((name_by_cover(ids, s["given"]), probability))
+    return completed
 
 
 if __name__ == "__main__":

@@ -1,195 +1,330 @@
-"""pq.py: panoptic quality in plain NumPy (Kirillov et al. 2019; the paper's metric, section 4.1).
+"""pq.py: panoptic quality in plain NumPy (Kirillov et al. 2019; the paper's metric,
+4.1).
 
     python pq.py --gt gt.json --pred predictions.json                     # Table 2
-    python pq.py --gt gt.json --pred predictions.json --class_agnostic    # Table 1: one category
+    python pq.py --gt gt.json --pred predictions.json --class_agnostic    # Table 1
 
-A predicted and a true segment of the same category match where IoU > 0.5, which makes the match
-unique. Per category, averaged over the categories that occur,
-    SQ = mean IoU of the matches,  RQ = TP / (TP + FP/2 + FN/2),  PQ = SQ * RQ.
-With categories void and crowds follow COCO's panoptic API, without them every crowd is ignored."""
+A predicted and a true segment of the same category match if their IoU is over 0.5,
+which makes the match unique. For each category, and then averaged over the categories
+that occur,
 
+    SQ = mean IoU of the matches     RQ = TP / (TP + FP / 2 + FN / 2)     PQ = SQ * RQ
+
+Void and crowds are treated as in COCO's panoptic API. Class-agnostic, every segment is
+of one category, and every crowd is ignored.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
 import data
-from data import BadInput
+from data import BadInput, flag, nonempty
 
+VOID = 0
 OBJECT = [{"id": 1, "name": "object", "isthing": 1}]  # class-agnostic: the one category
-NAMES = ("pq", "sq", "rq")
+FALSE_POSITIVES, FALSE_NEGATIVES = 2, 3  # columns of `PanopticQuality.sums`
 
 
 def overlaps(a, b):
-    """Which ids of two maps of one shape share pixels: id of a, id of b, pixels (P each)."""
-    a, b = a.reshape(-1), b.reshape(-1)  # H*W each
-    change = np.ones(a.size, bool)
-    change[1:] = (a[1:] != a[:-1]) | (b[1:] != b[:-1])
-    start = np.flatnonzero(change)  # of runs of equal pairs, far fewer than pixels
-    pair, place = np.unique(a[start].astype(np.int64) << 32 | b[start], return_inverse=True)
-    return pair >> 32, pair & 0xFFFFFFFF, np.bincount(place, np.diff(start, append=a.size))
-
-
-def places(ids, segments):
-    """Where each of `ids` stands in a list of segments, from 1; 0 for void."""
-    place = {0: 0} | {s["id"]: k for k, s in enumerate(segments, 1)}
-    return np.array([place[i] for i in ids.tolist()])
+    """Which ids of two maps of one shape share pixels: [(id of a, id of b, pixels),
+    ...].
+    """
+    # two ids in one number
+    pairs = a.reshape(-1).astype(np.int64) << 32 | b.reshape(-1)
+    pairs, pixels = data.count_values(pairs)
+    first = pairs >> 32
+    second = pairs & 0xFFFFFFFF
+    return list(zip(first.tolist(), second.tolist(), pixels.tolist()))
 
 
 class PanopticQuality:
-    """Matches over images and processes. categories: COCO's list, None: class-agnostic."""
+    """Sums up the matches of many images.
+
+    categories: COCO's list of {id, name, isthing}, or None for class-agnostic PQ.
+    """
 
     def __init__(self, categories=None):
         self.agnostic = categories is None
-        self.categories = OBJECT if categories is None else categories
+        self.categories = OBJECT if self.agnostic else categories
         self.row_of = {c["id"]: row for row, c in enumerate(self.categories)}
-        self.state = np.zeros((len(self.categories), 4))  # per category: sum of IoU, TP, FP, FN
+        self.sums = np.zeros((len(self.categories), 4))  # sum of IoU, TP, FP, FN
 
-    def rows(self, void, segments, what):
-        """Row of void's and of each segment's category. Raises BadInput for one without a row."""
-        try:
-            rows = [0 if self.agnostic else self.row_of[s["category_id"]] for s in segments]
-        except KeyError as missing:
-            raise BadInput(f"{what}: the truth does not list category {missing}") from None
-        return np.array([void, *rows])
+    def rows(self, segments, image):
+        """{segment id: row of its category in `sums`}. Raises BadInput about the
+        image.
+        """
+        rows = {}
+        for segment in segments:
+            category = OBJECT[0]["id"] if self.agnostic else segment["category_id"]
+            if category not in self.row_of:
+                raise BadInput(f"{image}: the truth does not list category {category}")
+            rows[segment["id"]] = self.row_of[category]
+        return rows
 
-    def update(self, gt, gt_segments, pred, pred_segments, what="image"):
-        """Add an image: id maps (H x W, 0 = void), segments_info. Raises BadInput about `what`."""
+    def excusing(self, crowds):
+        """The ids of the crowds on which a wrong prediction is not counted.
+
+        Class-agnostic they are all; the panoptic API knows the last one of each
+        category.
+        """
+        if self.agnostic:
+            return {s["id"] for s in crowds}
+        last = {s["category_id"]: s["id"] for s in crowds}
+        return set(last.values())
+
+    def update(self, gt, gt_segments, pred, pred_segments, image="image"):
+        """Add an image: id maps (H x W, 0 = void) and their segments_info.
+
+        Raises BadInput if the shapes differ or a category is not listed.
+        """
         if gt.shape != pred.shape:
-            raise BadInput(f"{what}: the prediction is {pred.shape} pixels, the truth {gt.shape}")
-        gt_row, pred_row = self.rows(-1, gt_segments, what), self.rows(-2, pred_segments, what)
-        crowd = np.array([False, *(bool(s.get("iscrowd")) for s in gt_segments)])
-        g, p, n = overlaps(gt, pred)  # P each, here and below
-        g, p = places(g, gt_segments), places(p, pred_segments)
-        gt_area, pred_area = np.bincount(g, n, len(gt_row)), np.bincount(p, n, len(pred_row))
-        void = np.bincount(p[g == 0], n[g == 0], len(pred_row))  # pixels that count for nothing
-        same = gt_row[g] == pred_row[p]  # never void, whose rows differ
-        g, p, n = g[same], p[same], n[same]
-        # A prediction mostly on void or on a crowd of its category is not counted; with categories
-        # the panoptic API knows the last crowd of each only
-        crowds = {i if self.agnostic else gt_row[i]: i for i in np.flatnonzero(crowd)}
-        on_crowd = np.isin(g, list(crowds.values()))
-        ignored = void + np.bincount(p[on_crowd], n[on_crowd], len(pred_row))
-        iou = n / (gt_area[g] + pred_area[p] - n - void[p])
-        match = (iou > 0.5) & ~crowd[g]  # at most one for each segment
-        g, p, iou = g[match], p[match], iou[match]
-        false_positive, false_negative = 2 * ignored <= pred_area, ~crowd
-        false_positive[[0, *p]] = False  # nor is void one
-        false_negative[[0, *g]] = False
-        np.add.at(self.state, (gt_row[g], 0), iou)
-        np.add.at(self.state, (gt_row[g], 1), 1)
-        np.add.at(self.state, (pred_row[false_positive], 2), 1)
-        np.add.at(self.state, (gt_row[false_negative], 3), 1)
+            raise BadInput(
+                f"{image}: the prediction has {pred.shape} pixels, the truth {gt.shape}"
+            )
+        gt_row = self.rows(gt_segments, image)
+        pred_row = self.rows(pred_segments, image)
+        crowds = [s for s in gt_segments if s.get("iscrowd")]
+        excusing = self.excusing(crowds)
+        crowds = {s["id"] for s in crowds}
+
+        # areas, from the pixels that a true and a predicted id share
+        shared = overlaps(gt, pred)
+        gt_area, pred_area, on_void = Counter(), Counter(), Counter()
+        for true, found, pixels in shared:
+            gt_area[true] += pixels
+            pred_area[found] += pixels
+            if true == VOID:
+                on_void[found] += pixels
+
+        # matches: one category and IoU > 0.5, where void pixels of the truth do not
+        # count
+        matched_gt, matched_pred = set(), set()
+        ignored = Counter(on_void)
+        for true, found, pixels in shared:
+            if VOID in (true, found) or gt_row[true] != pred_row[found]:
+                continue
+            if true in crowds:
+                if true in excusing:
+                    ignored[found] += pixels
+                continue
+            union = gt_area[true] + pred_area[found] - pixels - on_void[found]
+            iou = pixels / union
+            if iou > 0.5:
+                self.sums[gt_row[true]] += (iou, 1, 0, 0)
+                matched_gt.add(true)
+                matched_pred.add(found)
+
+        # what is left is wrong, unless it has no pixel, or most of it is on void or a
+        # crowd
+        for found, row in pred_row.items():
+            excused = 2 * ignored[found] > pred_area[found] or pred_area[found] == 0
+            if found not in matched_pred and not excused:
+                self.sums[row, FALSE_POSITIVES] += 1
+        for true, row in gt_row.items():
+            if true not in matched_gt and true not in crowds:
+                self.sums[row, FALSE_NEGATIVES] += 1
 
     def result(self):
-        """Fractions in the panoptic API's layout; None where a group has no category (n = 0)."""
-        iou, tp, fp, fn = data.reduce_sum(self.state).numpy().T
-        found = np.maximum(tp + fp / 2 + fn / 2, 0.5)  # 0 only where nothing is, and all are 0
-        figures = np.stack([iou / found, iou / np.maximum(tp, 1), tp / found], 1)  # C x 3
-        seen = tp + fp + fn > 0
-        thing = np.array([c.get("isthing", 1) for c in self.categories], bool)
+        """Figures over all processes, as fractions, in the panoptic API's layout.
+
+        A group in which no category occurs (n = 0) has None for figures.
+        """
+        iou, tp, fp, fn = data.sum_over_processes(self.sums).numpy().T  # C each
+        halves = np.maximum(tp + fp / 2 + fn / 2, 0.5)  # 0.5 instead of 0 / 0
+        sq = iou / np.maximum(tp, 1)
+        rq = tp / halves
+        figures = np.stack([sq * rq, sq, rq], axis=1)  # C x 3
+
+        occurs = tp + fp + fn > 0
+        thing = np.array([bool(c.get("isthing", 1)) for c in self.categories])
+        groups = {"All": occurs, "Things": occurs & thing, "Stuff": occurs & ~thing}
         result = {}
-        for name, group in (("All", seen), ("Things", seen & thing), ("Stuff", seen & ~thing)):
-            means = figures[group].mean(0).tolist() if group.any() else [None] * 3
-            result[name] = dict(zip(NAMES, means)) | {"n": int(group.sum())}
-        rows = zip(self.categories, figures.tolist())
-        result["per_class"] = {str(c["id"]): dict(zip(NAMES, row)) for c, row in rows}
-        return result
+        for name, group in groups.items():
+            pq, sq, rq = figures[group].mean(0).tolist() if group.any() else [None] * 3
+            result[name] = {"pq": pq, "sq": sq, "rq": rq, "n": int(group.sum())}
+        per_class = {}
+        for category, (pq, sq, rq) in zip(self.categories, figures.tolist()):
+            per_class[str(category["id"])] = {"pq": pq, "sq": sq, "rq": rq}
+        return {**result, "per_class": per_class}
 
 
 class Score:
-    """Class-agnostic PQ, SQ and RQ over samples of data.py. Where all that is no instance is one
-    background, they are those of the instances alone: matched with it, counted without it and the
-    segment that covers most of it. Then also ap50 = TP / (TP + FP + FN)."""
+    """Class-agnostic figures over samples of data.py, in percent."""
 
     def __init__(self):
-        self.everything = PanopticQuality()
-        self.alone = PanopticQuality([{"id": 1, "isthing": 1}, {"id": 2, "isthing": 0}])
+        self.quality = PanopticQuality()
+        self.instances = Instances()  # beyond the paper
 
     def update(self, sample, found):
         """Add an id map (H x W, 0 = void) for a sample."""
-        truth, segments, name = sample["ids"], sample["segments_info"], sample["file_name"]
-        own, quality = data.describe(found), self.everything
-        if (background := sample.get("background_id")) is not None:
-            back = [s["id"] for s in segments if s["category_id"] == background]
-            covered = np.bincount(found[np.isin(truth, back)], minlength=found.max() + 1)
-            covered[0] = 0  # void is no segment
-            most = covered.argmax()  # of it most has to lie on the background
-            cover = most if 2 * covered[most] > (found == most).sum() else 0
-            segments = [s | {"category_id": 1 + (s["id"] in back)} for s in segments]
-            own = [s | {"category_id": 1 + (s["id"] == cover)} for s in own]
-            quality = self.alone
-        quality.update(truth, segments, found, own, name)
+        if sample.get("background_id") is not None:  # beyond the paper
+            self.instances.update(sample, found)
+            return
+        truth = sample["ids"], sample["segments_info"]
+        self.quality.update(
+            *truth, found, data.describe(found), image=sample["file_name"]
+        )
 
     def result(self):
-        """The figures by name, in percent, over all processes; None where there is nothing."""
-        everything, alone = self.everything.result()["All"], self.alone.result()
-        if not alone["All"]["n"]:
-            return percent({k: everything[k] for k in NAMES})
-        things, rq = alone["Things"], alone["Things"]["rq"]
-        return percent({k: things[k] for k in NAMES} | {"ap50": rq and rq / (2 - rq)})
+        """{"pq", "sq", "rq"} in percent over all processes; None where there is
+        nothing.
+        """
+        figures = self.instances.result()  # beyond the paper
+        if figures is None:
+            figures = self.quality.result()["All"]
+            del figures["n"]
+        return percent(figures)
 
 
 def percent(figures):
     """Figures by name in percent, as tables and JSON have them."""
-    return {k: None if v is None else 100 * v for k, v in figures.items()}
+    return {name: None if f is None else 100 * f for name, f in figures.items()}
 
 
 def line(values, width=8):
     """A line of a table: numbers with one decimal, "-" for None, text as it is."""
-    cells = [f"{v:.1f}" if isinstance(v, float) else "-" if v is None else str(v) for v in values]
-    return "".join(cell.rjust(max(width, len(cell) + 1)) for cell in cells)
+    cells = []
+    for value in values:
+        if value is None:
+            value = "-"
+        elif isinstance(value, float):
+            value = f"{value:.1f}"
+        cells.append(str(value).rjust(max(width, len(str(value)) + 1)))
+    return "".join(cells)
 
 
-def evaluate(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
-    """`PanopticQuality.result` of two COCO panoptic JSON files, paired by image_id; the PNGs'
-    folders default to their paths without `.json`. Raises BadInput."""
+# --------------------------------------------------------------- files and command line
+def score_files(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
+    """`PanopticQuality.result` of two COCO panoptic JSON files, paired by image_id.
+
+    gt_dir, pred_dir: folders of the PNGs, by default the JSON's path without .json.
+    Raises BadInput.
+    """
     content, truth = data.read_coco(gt, panoptic=True)
     _, found = data.read_coco(pred, panoptic=True)
     paired = len(truth.keys() & found.keys())
-    if not paired:
+    if paired == 0:
         ids = f"{next(iter(truth), '-')} in {gt}, {next(iter(found), '-')} in {pred}"
         raise BadInput(f"no image of the prediction is in the truth: image_id is {ids}")
     if not paired == len(truth) == len(found):
-        images = f"{len(truth)} images in the truth, {len(found)} in the prediction"
-        data.say_once(f"note: {images}, {paired} in both; what lacks a prediction is missed")
+        data.say_once(
+            f"note: {len(truth)} images in the truth, {len(found)} in the prediction, "
+            f"{paired} in both; what lacks a prediction counts as missed"
+        )
     categories = None if class_agnostic else content["categories"]
     gt_folders = [Path(gt_dir or str(gt).removesuffix(".json"))]
     pred_folders = [Path(pred_dir or str(pred).removesuffix(".json"))]
 
-    def state_of(image_id):
+    def sums_of(image_id):
         """What one image adds to the sums."""
-        what, quality = f"image {image_id}", PanopticQuality(categories)
-        ids, segments = data.read_panoptic(*truth[image_id], gt_folders, what)
-        other = np.zeros_like(ids), []  # no prediction: all is missed
+        image = f"image {image_id}"
+        quality = PanopticQuality(categories)
+        ids, segments = data.read_panoptic(*truth[image_id], gt_folders, image)
         if image_id in found:
-            other = data.read_panoptic(*found[image_id], pred_folders, what)
-        quality.update(ids, segments, *other, what)
-        return quality.state
+            prediction = data.read_panoptic(*found[image_id], pred_folders, image)
+        else:
+            prediction = np.zeros_like(ids), []  # everything is missed
+        quality.update(ids, segments, *prediction, image=image)
+        return quality.sums
 
     quality = PanopticQuality(categories)
     with ThreadPool() as pool:  # decoding PNGs does not hold Python's lock
-        quality.state += sum(pool.imap(state_of, truth))
+        quality.sums += sum(pool.imap(sums_of, truth))
     return quality.result()
+
+
+# --------------------------------------------------------------------- beyond the paper
+class Instances:
+    """Figures of instances alone, where all that is no instance is one background
+    segment.
+
+    They are matched together with the background, and counted without it. The predicted
+    segment that covers most of the background, and mostly background, is the predicted
+    one. Beside PQ this gives AP50 = TP / (TP + FP + FN) at IoU 0.5, as the nuclei data
+    uses it.
+    """
+
+    def __init__(self):
+        self.quality = PanopticQuality(
+            [{"id": 1, "isthing": 1}, {"id": 2, "isthing": 0}]
+        )
+
+    def update(self, sample, found):
+        """Add an id map (H x W, 0 = void) for a sample with a background_id."""
+        background = set()
+        truth = []
+        for s in sample["segments_info"]:
+            is_background = s["category_id"] == sample["background_id"]
+            truth.append({**s, "category_id": 2 if is_background else 1})
+            if is_background:
+                background.add(s["id"])
+
+        area, covered = Counter(), Counter()
+        for true, own, pixels in overlaps(sample["ids"], found):
+            area[own] += pixels
+            if true in background and own != VOID:
+                covered[own] += pixels
+        cover = max(covered, key=covered.get, default=None)
+        if cover is not None and 2 * covered[cover] <= area[cover]:
+            cover = None  # most of it is not background
+
+        prediction = data.describe(found)
+        for s in prediction:
+            s["category_id"] = 2 if s["id"] == cover else 1
+        name = sample["file_name"]
+        self.quality.update(sample["ids"], truth, found, prediction, image=name)
+
+    def result(self):
+        """{"pq", "sq", "rq", "ap50"} as fractions; None if there was no such sample."""
+        result = self.quality.result()
+        if result["All"]["n"] == 0:
+            return None
+        figures = result["Things"]
+        del figures["n"]
+        rq = figures["rq"]
+        return {**figures, "ap50": None if rq is None else rq / (2 - rq)}
+
+
+@dataclass
+class PQSettings:
+    """What pq.py can be told."""
+
+    gt: str = flag(None, "COCO panoptic JSON of the truth", nonempty)
+    pred: str = flag(None, "COCO panoptic JSON of the prediction", nonempty)
+    gt_dir: str = flag(
+        None, "its PNGs (default: the JSON's path without .json)", nonempty
+    )
+    pred_dir: str = flag(
+        None, "its PNGs (default: the JSON's path without .json)", nonempty
+    )
+    class_agnostic: bool = flag(False, "every category counts as one", bool)
+    json: str = flag(None, "also write the figures to this file", nonempty)
 
 
 @data.command
 def main(argv=None):
-    """Command line: evaluate two COCO panoptic files, print the table."""
-    parser = data.Parser(__doc__)
-    flag = parser.flag
-    flag("--gt", str, "COCO panoptic JSON of the truth", required=True)
-    flag("--pred", str, "COCO panoptic JSON of the prediction", required=True)
-    flag("--gt_dir", str, "its PNGs (default: the JSON's path without .json)")
-    flag("--pred_dir", str, "its PNGs (default: the JSON's path without .json)")
-    flag("--class_agnostic", bool, "every category counts as one")
-    args = parser.parse_args(argv)
-    result = evaluate(args.gt, args.pred, args.gt_dir, args.pred_dir, args.class_agnostic)
+    """Command line: score two COCO panoptic files, print the table."""
+    args = PQSettings(**data.parse(PQSettings, __doc__, argv))
+    if not args.gt or not args.pred:
+        raise BadInput("--gt and --pred: give both")
+    result = score_files(
+        args.gt,
+        args.pred,
+        gt_dir=args.gt_dir,
+        pred_dir=args.pred_dir,
+        class_agnostic=args.class_agnostic,
+    )
     print(line(["", "PQ", "SQ", "RQ", "n"]))
-    for name in ("All", "Things", "Stuff")[: 1 if args.class_agnostic else 3]:
-        figures = percent({k: result[name][k] for k in NAMES})
-        print(line([name, *figures.values(), result[name]["n"]]))
-    data.write(args.json, result)
+    for name in ["All"] if args.class_agnostic else ["All", "Things", "Stuff"]:
+        group = result[name]
+        figures = percent({"pq": group["pq"], "sq": group["sq"], "rq": group["rq"]})
+        print(line([name, *figures.values(), group["n"]]))
+    if args.json:
+        data.write(args.json, result)
 
 
 if __name__ == "__main__":

@@ -1,319 +1,676 @@
-"""sample.py: from an image to its segments with a trained model (paper 3.2, 4.1; supplement B).
+"""sample.py: from an image to its segments with a trained model (3.2, 4.1; supplement
+B).
 
-    python sample.py                                   # evaluate the checkpoint's split: PQ, SQ, RQ
-    python sample.py --steps 1 2 4 10 50               # a table over sampling steps (Fig. 9, left)
-    python sample.py --votes 4                         # sample four times and let the samples vote
-    python sample.py --seeds 0 1 2 3 --limit 6         # where do several seeds agree? (Fig. 10)
-    python sample.py --images photo.jpg --trajectory   # any picture, or a folder (Fig. S4)
-    python sample.py --ckpt assets/nuclei.pt --images tile.jpg   # nuclei, pictures of any size
-    torchrun --nproc_per_node=8 sample.py              # evaluate on eight GPUs
+    python sample.py                                    # evaluate: PQ, SQ, RQ
+    python sample.py --steps 1 2 5 10 20 50             # over sampling steps (Fig. 9, left)
+    python sample.py --seeds 0 1 2 3 --limit 6          # where do seeds agree? (Fig. 10)
+    python sample.py --images photo.jpg --trajectory    # pictures, or folders (Fig. S4)
+    python sample.py --ckpt assets/nuclei.pt --images tile.jpg
+    torchrun --nproc_per_node=8 sample.py               # evaluate on eight GPUs
 
-Algorithm 2 itself is `LDM.sample`; here are pictures, tiles for models of crops, and votes.
-From Python:  model = load();  ids, segments_info = segment(model, Image.open("photo.jpg"))"""
+Algorithm 2 itself is `LDM.sample` in diffusion.py. From Python:
 
-import argparse
+    from sample import load, segment
+    ids, segments_info = segment(load(), "photo.jpg")
+"""
+
+import functools
 import itertools
+import json
 import math
+import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-import data  # before torch: it sets what PyTorch reads on loading
+import data  # before torch: it sets what PyTorch reads on import
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
 
 import ae
 import diffusion
 import pq
-from data import BadInput
+from data import BadInput, flag, natural, nonempty, positive
+from pq import VOID
 
-OVERLAP = 0.25  # share of a tile's side that the next one sees too
+
+# ----------------------------------------------------------------------------- settings
+@dataclass
+class Settings:
+    """What sample.py can be told."""
+
+    ckpt: str = flag(
+        None,
+        "of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)",
+        nonempty,
+    )
+    data: str = flag(
+        None, "'shapes' or a folder (default: as the checkpoint)", nonempty
+    )
+    split: str = flag(None, "(default: the checkpoint's validation split)", nonempty)
+    keep_crowds: bool = flag(
+        False, "objects with iscrowd 1 are objects like others", bool
+    )
+    images: list = flag(
+        None,
+        "segment these pictures or folders instead of evaluating",
+        nonempty,
+        nargs="+",
+    )
+    limit: int = flag(None, "only so many pictures, the first ones", positive)
+    steps: list = flag(
+        None,
+        "sampling steps, several for a table (default: as the checkpoint)",
+        positive,
+        nargs="+",
+    )
+    seeds: list = flag(None, "compare what these seeds give", natural, nargs="+")
+    trajectory: bool = flag(
+        False, "also draw the estimates of z^0 over the steps", bool
+    )
+    min_area: int = flag(
+        None,
+        "segments of fewer pixels become void (default: as the checkpoint)",
+        natural,
+    )
+    batch_size: int = flag(16, "pictures or tiles at a time", positive)
+    seed: int = flag(0, "of the noise", natural)
+    device: str = flag(
+        "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
+    )
+    out: str = flag("out", "folder to write to", nonempty)
+    precision = "auto"
 
 
-def load(path=None, device="cpu", paper=False, min_area=None):
-    """path (None: checkpoints/ldm.pt, else assets/shapes.pt) -> LDM in eval mode. paper: leave out
-    what goes beyond supplement B after sampling; min_area: as of `ae.keep`. Raises BadInput."""
+# --------------------------------------------------------------------- load and segment
+def load(path=None, device="cpu", min_area=None):
+    """The model in a checkpoint of diffusion.py, or of the authors, to sample from.
+
+    path: None is checkpoints/ldm.pt, or else the shipped assets/shapes.pt; device: a
+    torch.device, or a name as --device takes it; min_area: see `ae.void_uncertain`,
+    None: as the checkpoint says. Raises BadInput.
+    """
+    assets = Path(__file__).parent / "assets"
     if path is None:
-        path = Path("checkpoints/ldm.pt")
-        if not path.is_file():
-            path = Path(__file__).parent / "assets" / "shapes.pt"
-            data.say_once("no checkpoints/ldm.pt yet: using the shipped assets/shapes.pt")
-    changes = {"postprocess": "paper", "connected": False} if paper else {}
-    if min_area is not None:
-        changes["min_area"] = min_area
-    return diffusion.load_ldm(path, **changes).to(device, memory_format=torch.channels_last)
+        path = "checkpoints/ldm.pt"
+        if not os.path.isfile(path):
+            path = assets / "shapes.pt"
+            data.say_once(
+                "note: no checkpoints/ldm.pt yet: using the shipped shapes.pt"
+            )
+    elif not os.path.isfile(path) and Path(path).parts[:1] == ("assets",):
+        path = assets.parent / path  # the shipped weights, from any folder
+    device = data.choose_device(str(device))
+    changes = {} if min_area is None else {"min_area": min_area}
+    model = diffusion.load_model(path, **changes)
+    return model.to(device, memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------- tiles and votes (beyond the paper)
-def cut(image, side):
-    """Squares that cover an H x W x C array evenly: {(top, left): tile}; side 0: one, all of it."""
-    if not side:
-        return {(0, 0): image}
-    places = []  # by rows, then by columns: the pixels of each tile
-    for n in image.shape[:2]:
-        count = max(1, math.ceil((n / side - OVERLAP) / (1 - OVERLAP)))
-        starts = np.linspace(0, max(n - side, 0), count).round().astype(int)
-        places.append((starts[:, None] + np.arange(side)).clip(max=n - 1))  # an edge goes on
-    pairs = itertools.product(*places)
-    return {(int(rows[0]), int(cols[0])): image[np.ix_(rows, cols)] for rows, cols in pairs}
+def precision_of(model):
+    """Sampling's precision: fp16 on a GPU gives the masks of fp32, bf16 slightly worse
+    ones.
+    """
+    device = model.unet.device
+    return data.autocast(device, "fp16" if device.type == "cuda" else "fp32")
+
+
+@torch.no_grad()
+def sample_batch(model, samples, steps, seed, batch_size):
+    """Algorithm 2 on samples (image: H x W x 3): of each its ids and their
+    probability.
+    """
+    draw = functools.partial(diffusion.sample_maps, steps=steps, seed=seed)
+    with precision_of(model):
+        if model.settings["crop"]:  # beyond the paper
+            return list(sample_in_tiles(model, samples, draw, batch_size=batch_size))
+        return draw(model, samples)
+
+
+def segment(model, image, steps=None, seed=0, threshold=0.5):
+    """Segment one image: a path, a PIL image, or an array (H x W x 3, uint8).
+
+    steps: of sampling, None is the model's usual number; threshold: pixels of a lower
+    probability become void. Returns ids (H x W, int32, 0 = void) and segments_info.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        array = data.read_image(image)
+    elif isinstance(image, Image.Image):
+        array = data.to_rgb(ImageOps.exif_transpose(image))
+    else:
+        array = np.asarray(image)
+    steps = steps or model.settings["steps"]
+    samples = [{"image": array, "image_id": ""}]
+    [found] = sample_batch(model, samples, steps=steps, seed=seed, batch_size=16)
+    ids = ae.void_uncertain(*found, model.settings["min_area"], threshold)
+    return diffusion.label(model, array, ids)
+
+
+# ------------------------------------------------------ evaluation, seeds, trajectory
+def compare_steps(model, held_out, args):
+    """PQ, SQ, RQ by sampling steps (Fig. 9, left): a table, and pictures of the
+    last.
+    """
+    by_steps = {}
+    for steps in args.steps:
+        draw = functools.partial(
+            sample_batch, model, steps=steps, seed=args.seed, batch_size=args.batch_size
+        )
+        figures, rows = diffusion.evaluate(model, held_out, draw, args.batch_size)
+        if data.RANK == 0:
+            if not by_steps:
+                print(pq.line(["steps", *figures]))
+            print(pq.line([steps, *figures.values()]), flush=True)
+        by_steps[steps] = figures
+    if data.RANK == 0:
+        data.sheet(f"{args.out}/sample.png", rows, data.COMPARISON)
+        print(f"{len(held_out)} images -> {args.out}/sample.png")
+    return {**figures, "by_steps": by_steps}
 
 
 def ious(a, b):
-    """IoU of each pair of ids of two maps that share pixels: id of a, id of b, IoU (P each)."""
-    of_a, of_b, pixels = pq.overlaps(a, b)
-    union = np.bincount(of_a, pixels)[of_a] + np.bincount(of_b, pixels)[of_b] - pixels
-    return of_a, of_b, pixels / union
+    """The IoU of every two segments of two id maps that have pixels in common.
+
+    a, b: integer arrays of one shape, of any ids >= 0; void counts like a segment here.
+    Returns [(id in a, id in b, IoU)], sorted by the two ids; IoUs are above 0.
+    """
+    overlaps = pq.overlaps(a, b)
+    area_a = Counter()
+    area_b = Counter()
+    for id_a, id_b, pixels in overlaps:
+        area_a[id_a] += pixels
+        area_b[id_b] += pixels
+    found = []
+    for id_a, id_b, pixels in overlaps:
+        union = area_a[id_a] + area_b[id_b] - pixels
+        found.append((id_a, id_b, pixels / union))
+    return found
 
 
-def name_after(others, ids, used):
-    """A map (H x W) whose segments get the id of another map's where IoU > 0.5, else new ones.
-    others: such maps, -1 where nothing is known; used: new ids are above it."""
-    names = used + np.cumsum(np.bincount(ids.ravel()) > 0)  # all new, until one fits
-    best = np.full(len(names), 0.5)
-    for other in others:
-        seen = other >= 0
-        for i, k, iou in zip(*ious(ids[seen], other[seen])):
-            if k and iou > best[i]:
-                best[i], names[i] = iou, k
-    names[0] = 0
-    return names[ids]
+def agreement(maps):
+    """How far several id maps of one picture agree at each pixel.
+
+    maps: two or more H x W integer arrays, 0 = void. Returns H x W floats in 0..1: the
+    mean over all pairs of maps of the IoU of the two segments that the pixel lies in.
+    Void agrees with nothing.
+    """
+    by_pair = []
+    for a, b in itertools.combinations(maps, 2):
+        values = []
+        for id_a, id_b, iou in ious(a, b):
+            values.append(0 if VOID in (id_a, id_b) else iou)
+        # two ids as one number; np.unique sorts them as `ious` does
+        pixels = a.astype(np.int64) << 32 | b
+        _, place = np.unique(pixels, return_inverse=True)
+        by_pair.append(np.array(values)[place].reshape(a.shape))
+    return np.mean(by_pair, axis=0)
 
 
-def stitch(found, shape):
-    """Join tiles: {(top, left): (ids, certainty)} -> ids and certainty of the whole, of a shape."""
-    whole, certainty = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-    backgrounds = []  # the largest segment of each tile
-    for (top, left), (ids, sure) in found.items():
-        box = np.s_[top : top + ids.shape[0], left : left + ids.shape[1]]
-        before = whole[box]
-        height, width = before.shape  # a tile may be larger than the picture
-        ids = name_after([before], ids[:height, :width], max(0, whole.max()))
-        area = data.areas(ids)
-        largest = max(area, key=area.get, default=-1)  # -1: all of the tile is void
-        for other in backgrounds:  # one where the larger part of what is shared is
-            here = before == other
-            if other > 0 and 2 * (here & (ids == largest)).sum() > here.sum() > 0:
-                whole[whole == other] = largest
-        backgrounds.append(largest)
-        # of what it shares with the tiles above and on the left, the half that is nearer is its own
-        above, beside = (before[:, -1] >= 0).sum() // 2, (before[-1] >= 0).sum() // 2
-        own = np.s_[above:height, beside:width]
-        whole[box][own], certainty[box][own] = ids[own], sure[own]
-    return whole, certainty
+def compare_seeds(model, held_out, args):
+    """Fig. 10: how far the segments that several seeds find agree, and pictures of
+    it.
+    """
+    means = []
+    rows = []
+    for samples in held_out.batches(
+        1
+    ):  # one at a time: all seeds' maps have to be kept
+        [s] = samples
+        maps = []
+        for seed in args.seeds:
+            [found] = sample_batch(
+                model,
+                samples,
+                steps=args.steps[-1],
+                seed=seed,
+                batch_size=args.batch_size,
+            )
+            maps.append(ae.void_uncertain(*found, model.settings["min_area"]))
+        agreed = agreement(maps)
+        means.append(agreed.mean())
+        if len(rows) < data.PICTURES:
+            first, *others = maps
+            [first] = data.renumber(first)
+            alike = [first, *(data.colors_like(ids, first) for ids in others)]
+            pictures = [data.overlay(s["image"], ids) for ids in alike]
+            grey = (255 * agreed).astype(np.uint8)
+            rows.append((s["file_name"], [s["image"], *pictures, grey]))
+    captions = ["image", *(f"seed {seed}" for seed in args.seeds), "white: all agree"]
+    data.sheet(f"{args.out}/seeds.png", rows, captions)
+    mean = float(np.mean(means))
+    print(
+        f"mean agreement {mean:.3f} (1: all seeds find the same segments) -> "
+        f"{args.out}/seeds.png"
+    )
+    return {"images": len(means), "agreement": mean}
 
 
-def consensus(found):
-    """Several samples of a picture (ids, certainty) -> one: of each pixel what most say."""
-    maps, used = [], 0
-    for ids, _ in found:
-        maps.append(name_after(maps, ids, used))
-        used = max(used, maps[-1].max())
-    maps = np.stack(maps)  # K x H x W
-    votes = np.stack([(maps == one).sum(0) - 0.5 * (one == 0) for one in maps])  # void loses a tie
-    chosen = np.take_along_axis(maps, votes.argmax(0)[None], 0)  # 1 x H x W
-    sure = np.stack([certainty for _, certainty in found])  # K x H x W
-    return chosen[0].astype(np.int32), sure.mean(0, where=maps == chosen)
+@torch.no_grad()
+def draw_trajectory(model, samples, args):
+    """Fig. S4: the estimates of z^0 over the steps, decoded."""
+    if model.settings["crop"]:  # beyond the paper: of each picture the first tile
+        tiles = tiles_of(samples, model.settings["crop"])
+        samples = [tile for tile in tiles if tile["place"] == (0, 0)]
+    noise, _ = diffusion.noise_of(model, samples, args.seed)
+    trace = []
+    with precision_of(model):
+        condition = model.condition(diffusion.batch_of(model, samples))
+        model.sample(condition, noise, args.steps[-1], trace)
+    timesteps = model.ddim.timesteps(args.steps[-1])
+    columns = min(len(trace), 8)  # more could not be made out
+    shown = np.linspace(0, len(trace) - 1, columns).round().astype(int).tolist()
+    maps = [[] for _ in samples]
+    for i in shown:
+        for own, s, logits in zip(maps, samples, model.decode(trace[i])):
+            ids, _ = diffusion.to_ids(model, logits, *s["image"].shape[:2])
+            own.append(ids)
+    rows = []
+    for own, s in zip(maps, samples):
+        [last] = data.renumber(own[-1])
+        pictures = [
+            data.overlay(s["image"], data.colors_like(ids, last)) for ids in own
+        ]
+        rows.append((s["file_name"], [s["image"], *pictures]))
+    captions = ["image"]
+    for i in shown:
+        j, _ = timesteps[i]
+        _, noise_left = model.ddim.scales(j, noise)  # sqrt(1 - ab_j), the noise's share
+        captions.append(f"from {100 * noise_left.item():.0f}% noise")
+    data.sheet(f"{args.out}/trajectory.png", rows, captions)
+    print(f"-> {args.out}/trajectory.png")
 
 
-def predict(model, samples, args, draw=diffusion.predict):
-    """`draw` in tiles, where the model was trained on crops, and with votes: of each sample its ids
-    (H x W, int32) and certainty. args: steps, seed, votes, batch_size. Images of any channels."""
-    cuts = [cut(s["image"], model.settings["crop"]) for s in samples]
-    tiles, drawn = [], []
-    for (s, of_image), vote in itertools.product(zip(samples, cuts), range(args.votes)):
-        for corner, tile in of_image.items():
-            # each tile and vote has noise of its own, the first that of the image itself
-            place = f" at {corner} vote {vote}" if any((*corner, vote)) else ""
-            tiles.append({"image": tile, "image_id": f"{s['image_id']}{place}"})
-    for n in range(0, len(tiles), args.batch_size):
-        drawn += draw(model, tiles[n : n + args.batch_size], args)
-    rest = iter(drawn)  # by picture, vote and tile, as they were put in
-    for s, of_image in zip(samples, cuts):
-        found = [dict(zip(of_image, rest)) for _ in range(args.votes)]
-        yield consensus([stitch(of_vote, s["image"].shape[:2]) for of_vote in found])
-
-
-def find(model, samples, args, threshold=0.5):
-    """`predict`, then segments that are uncertain or small become void: of each its ids."""
-    min_area = model.settings["min_area"]
-    return [ae.keep(*found, min_area, threshold) for found in predict(model, samples, args)]
-
-
-def segment(model, image, steps=None, seed=0, threshold=0.5, votes=1):
-    """One PIL image -> ids (H x W, int32, 0 = void) and segments_info as COCO has it.
-    steps: None is the model's usual number; threshold: less certain pixels become void."""
-    array, steps = data.to_rgb(ImageOps.exif_transpose(image)), steps or model.settings["steps"]
-    args = argparse.Namespace(steps=steps, seed=seed, votes=votes, batch_size=16)
-    [ids] = find(model, [{"image": array, "image_id": ""}], args, threshold)
-    return model.label(array, ids)
-
-
-# ---------------------------------------------------------------------------- picture files
+# ------------------------------------------------------------------------ picture files
 class Pictures:
-    """--images, a file or a folder, as a source of samples. image_id: the stem, a number if it is
-    one, or the name if a stem is there again. Raises BadInput if there is none."""
+    """Picture files and folders of them, as a source of samples.
 
-    def __init__(self, path):
-        path, formats, found = Path(path), Image.registered_extensions(), {}
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            picture = formats.get(file.suffix.lower()) in data.FORMATS and file.name[0] != "."
-            if file.is_file() and (picture or file == path):
-                # COCO's image ids are numbers, its file names 000000000042.jpg
-                name = int(file.stem) if file.stem.isdecimal() else file.stem
-                found[file.name if name in found else name] = file
-        self.files = list(found.items())
-        if not found:
-            raise BadInput(f"--images {path}: no picture there (JPEG, PNG, TIFF, WebP, ...)")
+    image_id: the file's stem if it is a number, as COCO's are, else the next unused
+    number; name: of what is written for it, the stem, or the whole name if the stem was
+    there before. Raises BadInput if there is no picture.
+    """
+
+    def __init__(self, paths):
+        formats = Image.registered_extensions()
+        files = []
+        for path in map(Path, paths):
+            if not path.exists():
+                raise BadInput(f"--images {path}: no such file")
+            if not path.is_dir():
+                files.append(path)
+                continue
+            for file in sorted(path.iterdir()):
+                if file.is_dir():
+                    data.say_once(
+                        f"note: {file}: pictures in sub-folders are not looked for"
+                    )
+                elif (
+                    file.name[0] != "."
+                    and formats.get(file.suffix.lower()) in data.FORMATS
+                ):
+                    files.append(file)
+        if not files:
+            raise BadInput(
+                f"--images {paths[0]}: no picture there (JPEG, PNG, TIFF, WebP, ...)"
+            )
+        numbers = {int(f.stem) for f in files if f.stem.isdecimal()}
+        unused = (n for n in itertools.count(1) if n not in numbers)
+        self.files = {}  # name: (image_id, file)
+        ids = set()
+        for file in files:
+            name = file.name if file.stem in self.files else file.stem
+            while name in self.files:
+                name = f"{name}_"
+            image_id = int(file.stem) if file.stem.isdecimal() else next(unused)
+            if image_id in ids:
+                image_id = next(unused)
+            ids.add(image_id)
+            self.files[name] = (image_id, file)
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
-        name, file = self.files[index]
-        return {"image_id": name, "file_name": file.name, "image": data.read_image(file)}
+        """A sample: image, image_id, file_name, and the name of what is written for
+        it.
+        """
+        name = list(self.files)[index]
+        image_id, file = self.files[name]
+        return {
+            "image": data.read_image(file),
+            "image_id": image_id,
+            "file_name": file.name,
+            "name": name,
+        }
 
 
-def segment_files(model, dataset, args):
-    """--images: writes predictions.json (COCO panoptic), predictions/ID.png, overlays/ID.png."""
-    images, annotations, samples = [], [], iter(dataset)
-    while batch := list(itertools.islice(samples, args.batch_size)):
-        for s, ids in zip(batch, find(model, batch, args)):
-            name, (ids, segments) = s["image_id"], model.label(s["image"], ids)
-            data.write_id_png(f"{args.out}/predictions/{name}.png", ids)
-            data.write(f"{args.out}/overlays/{name}.png", data.overlay(s["image"], ids))
+def segment_files(model, held_out, args):
+    """--images: segment Pictures.
+
+    Writes predictions.json (COCO panoptic) with predictions/NAME.png, instances.json
+    (COCO instances), and overlays/NAME.png.
+    """
+    forget_predictions(args.out)
+    images, panoptic, instances = [], [], []
+    draw = functools.partial(
+        sample_batch,
+        model,
+        steps=args.steps[-1],
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    for samples in held_out.batches(args.batch_size):
+        for s, found in zip(samples, draw(samples)):
+            ids = ae.void_uncertain(*found, model.settings["min_area"])
+            ids, segments = diffusion.label(model, s["image"], ids)
+            name = s["name"]
+            try:
+                data.write_id_png(f"{args.out}/predictions/{name}.png", ids)
+                [shown] = data.renumber(ids)
+                overlay = data.overlay(s["image"], shown)
+                data.write(f"{args.out}/overlays/{name}.png", overlay)
+            except BadInput as error:  # one bad name does not cost the others
+                data.say_once(f"note: left out: {error}")
+                held_out.broken.append(error)
+                continue
             height, width = ids.shape
-            images.append(dict(id=name, file_name=s["file_name"], height=height, width=width))
-            annotations.append(dict(image_id=name, file_name=f"{name}.png", segments_info=segments))
+            image = {"id": s["image_id"], "file_name": s["file_name"]}
+            images.append({**image, "height": height, "width": width})
+            outlines = outlines_of(ids)
+            for segment_info in segments:
+                segment_info["bbox"] = outlines[segment_info["id"]]["bbox"]
+            panoptic.append(
+                {
+                    "image_id": s["image_id"],
+                    "file_name": f"{name}.png",
+                    "segments_info": segments,
+                }
+            )
+            instances += instances_of(model, s["image_id"], segments, outlines)
     categories = model.classifier.categories if model.classifier else pq.OBJECT
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    data.write(f"{args.out}/predictions.json", content)
-    print(f"{len(images)} pictures -> {args.out}/predictions.json and overlays/")
+    for number, instance in enumerate(instances, 1):
+        instance["id"] = number
+    common = {"images": images, "categories": categories}
+    data.write(f"{args.out}/instances.json", {**common, "annotations": instances})
+    data.write(f"{args.out}/predictions.json", {**common, "annotations": panoptic})
+    print(
+        f"{len(images)} pictures -> {args.out}/overlays/, {args.out}/predictions.json, "
+        f"{args.out}/instances.json"
+    )
     return {"images": len(images)}
 
 
-# ------------------------------------------------------------------ evaluation, seeds, trajectory
-def compare_steps(model, dataset, all_steps, args):
-    """PQ, SQ, RQ by sampling steps (Fig. 9, left): table, plot, pictures."""
-    results = {}
-    for args.steps in all_steps:
-        figures, rows = diffusion.evaluate(model, dataset, predict, args)
-        if data.RANK == 0:
-            if not results:
-                print(pq.line(["steps", *figures]))
-            print(pq.line([args.steps, *figures.values()]), flush=True)
-        results[args.steps] = figures
-    if data.RANK == 0:
-        data.sheet(f"{args.out}/sample.png", rows, diffusion.COLUMNS)
-        if len(results) > 1:
-            curve = [(steps, result["pq"] or 0) for steps, result in results.items()]
-            data.plot(f"{args.out}/sample_steps.png", {"PQ": curve}, "sampling steps", "PQ")
-        print(f"{len(dataset)} images -> {args.out}/sample.png")
-    return {**results[args.steps], "by_steps": results}
+def forget_predictions(out):
+    """Remove the pictures of an earlier run in this folder, which its JSON lists."""
+    try:
+        annotations = json.loads(Path(out, "predictions.json").read_text())[
+            "annotations"
+        ]
+        names = [a["file_name"] for a in annotations]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in names:
+        for folder in ("predictions", "overlays"):
+            Path(out, folder, Path(name).name).unlink(missing_ok=True)
 
 
-def agreement(maps):
-    """How far several id maps of one image agree: H x W floats in 0..1, the mean over pairs of maps
-    of the IoU of the two segments that a pixel lies in; void agrees with nothing."""
-    by_pair = []
-    for a, b in itertools.combinations(maps, 2):
-        of_a, of_b, iou = ious(a, b)
-        table = np.zeros((a.max() + 1, b.max() + 1))
-        table[of_a, of_b] = iou
-        by_pair.append(table[a, b] * (a > 0) * (b > 0))  # H x W
-    return np.mean(by_pair, 0)
+def outlines_of(ids):
+    """{id: {"bbox": [x, y, width, height], "segmentation": RLE}} of an id map (H x
+    W).
+    """
+    outlines = {}
+    for i in data.areas(ids):
+        rle = coco_mask.encode(np.asfortranarray(ids == i, np.uint8))
+        bbox = [int(n) for n in coco_mask.toBbox(rle)]
+        rle["counts"] = rle["counts"].decode()
+        outlines[i] = {"bbox": bbox, "segmentation": rle}
+    return outlines
 
 
-def compare_seeds(model, dataset, args):
-    """Fig. 10: how far what several seeds find agrees, and a sheet of the first images."""
-    means, rows = [], []
-    for sample in dataset:  # one at a time, or the maps of all seeds would have to be kept
-        image, maps = sample["image"], []
-        for args.seed in args.seeds:
-            maps += find(model, [sample], args)
-        agreed = agreement(maps)
-        means.append(agreed.mean())
-        if len(rows) < 6:
-            found = [data.overlay(image, ids) for ids in maps]
-            rows.append([image, *found, (255 * agreed).astype(np.uint8)])
-    captions = ["image", *(f"seed {seed}" for seed in args.seeds), "agreement"]
-    data.sheet(f"{args.out}/seeds.png", rows, captions)
-    mean = float(np.mean(means))
-    print(f"mean agreement {mean:.3f} (1: the same segments everywhere) -> {args.out}/seeds.png")
-    return {"agreement": mean, "images": len(means)}
+def instances_of(model, image_id, segments, outlines):
+    """COCO's instances of a picture's segments: things, and no background."""
+    stuff = set()
+    if model.classifier is not None:
+        stuff = {c["id"] for c in model.classifier.categories if not c["isthing"]}
+    background = None
+    if model.settings["postprocess"] == "connected" and segments:
+        background = max(segments, key=lambda s: s["area"])["id"]
+    instances = []
+    for s in segments:
+        if s["category_id"] in stuff or s["id"] == background:
+            continue
+        instance = {**s, "image_id": image_id, **outlines[s["id"]]}
+        instances.append(instance)
+    return instances
 
 
-def draw_trajectory(model, samples, args):
-    """Fig. S4: the estimates of z^0 over the steps, decoded; of a tiled picture the first tile."""
-    tiles = [s | {"image": cut(s["image"], model.settings["crop"])[0, 0]} for s in samples]
-    image_latent, (noise, _) = model.inputs(tiles, args.seed)
-    rows, captions, trace = [[tile["image"]] for tile in tiles], ["image"], []
-    model.sample(image_latent, noise, args.steps, trace)
-    columns = min(len(trace), 8)  # more could not be made out
-    for i in np.linspace(0, len(trace) - 1, columns).round().astype(int):
-        captions.append(f"j = {model.ddim.timesteps(args.steps)[i][0]}")
-        for row, logits in zip(rows, model.decode(trace[i])):
-            ids, _ = diffusion.segments(model, logits, *row[0].shape[:2])
-            row.append(data.overlay(row[0], ids))
-    data.sheet(f"{args.out}/trajectory.png", rows, captions)
-    print(f"-> {args.out}/trajectory.png")
-
-
-# ------------------------------------------------------------------------------- command line
-def sampling_parser(doc):
-    """A parser with the flags of sample.py and inpaint.py; what is not given is as in --ckpt."""
-    parser = data.Parser(doc, "out")
-    flag = parser.flag
-    flag("--ckpt", str, "of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)")
-    flag("--split", str, "(default: the validation split that the checkpoint names)")
-    flag("--limit", data.positive, "only so many images, the first")
-    flag("--min_area", data.natural, "segments of fewer pixels become void")
-    flag("--votes", data.positive, "sample so often (default %(default)s)", default=1)
-    flag("--paper", bool, "the algorithm exactly as printed")
-    flag("--batch_size", data.positive, "pictures or tiles at a time", default=16)
-    flag("--device", str, "cuda, mps, cpu or auto (default %(default)s)", default="auto")
-    parser.set_defaults(precision="auto", images=None)  # asked for, flag or not
-    return parser
-
-
-def open_split(model, args):
-    """The images of the flags, else those that the checkpoint names. Raises BadInput."""
-    s = model.settings
+# ------------------------------------------------------------------------- command line
+def open_held_out(model, args):
+    """The pictures of --images, or the split of the flags or the checkpoint."""
+    settings = model.settings
     if args.images:
-        return ae.HeldOut(Pictures(args.images), args.limit)
-    folder, split = args.data or s["data"], args.split or s["val_split"]
-    return ae.HeldOut(data.open_data(folder, split, s["size"], s["seed"]), args.limit)
+        return data.HeldOut(Pictures(args.images), args.limit)
+    source = data.open_data(
+        args.data or settings["data"],
+        args.split or settings["val_split"],
+        size=settings["size"],
+        seed=settings["seed"],
+        keep_crowds=args.keep_crowds or settings["keep_crowds"],
+    )
+    return data.HeldOut(source, args.limit)
 
 
 @data.command
 def main(argv=None):
     """Command line: evaluate a split, or segment picture files."""
-    parser = sampling_parser(__doc__)
-    flag = parser.flag
-    flag("--images", str, "segment these pictures instead of evaluating", metavar="FILE_OR_FOLDER")
-    flag("--steps", data.positive, "sampling steps; several make a table", nargs="+")
-    flag("--seeds", data.natural, "compare what these seeds give", nargs="+")
-    flag("--trajectory", bool, "draw the estimates of z^0 over the steps")
-    args = parser.parse_args(argv)
+    args = Settings(**data.parse(Settings, __doc__, argv))
     if data.WORLD > 1 and (args.images or args.seeds or args.trajectory):
-        raise BadInput("torchrun only evaluates: no --images, --seeds or --trajectory with it")
+        raise BadInput(
+            "torchrun only evaluates: no --images, --seeds or --trajectory with it"
+        )
     if args.seeds and len(set(args.seeds)) < 2:
         raise BadInput("--seeds: give two or more")
-    device, mixed = data.setup(args)
-    model = load(args.ckpt, device, args.paper, args.min_area)
-    all_steps = args.steps or [model.settings["steps"]]
-    args.steps = all_steps[-1]  # for what compares none
-    with mixed:
-        samples = open_split(model, args)
-        if args.trajectory:
-            draw_trajectory(model, list(itertools.islice(samples, 4)), args)
-        if args.seeds:
-            figures = compare_seeds(model, samples, args)
-        elif args.images:
-            figures = segment_files(model, samples, args)
-        else:
-            figures = compare_steps(model, samples, all_steps, args)
-    data.write(args.json, figures)
-    if args.images and samples.broken:  # only now: what could be read is written
-        raise BadInput(f"{len(samples.broken)} pictures left out, the first: {samples.broken[0]}")
+    device, _ = data.setup(args)
+    model = load(args.ckpt, device, min_area=args.min_area)
+    args.steps = args.steps or [model.settings["steps"]]
+    held_out = open_held_out(model, args)
+    if args.trajectory:
+        draw_trajectory(model, list(itertools.islice(held_out, 4)), args)
+    if args.seeds:
+        figures = compare_seeds(model, held_out, args)
+    elif args.images:
+        figures = segment_files(model, held_out, args)
+    else:
+        figures = compare_steps(model, held_out, args)
+    data.write(f"{args.out}/sample.json", figures)
+    if args.images and held_out.broken:  # only now: what could be read is written
+        count = len(held_out.broken)
+        raise BadInput(f"{count} pictures left out, the first: {held_out.broken[0]}")
+
+
+# ================================================================== beyond the paper
+# Tiles, for pictures larger than the crops that a model was trained on: the picture is
+# cut into overlapping squares, each is segmented on its own, and segments that coincide
+# in the overlaps become one.
+
+OVERLAP = 0.25  # share of a tile's side that the next tile shows too
+SAME = 0.5  # two segments are one if their IoU is above this; then no third one can be
+UNSEEN = -1  # a pixel of the picture that no tile has filled yet
+
+
+def cut(array, side):
+    """Cover an array evenly with squares that overlap by at least a quarter.
+
+    array: H x W or H x W x C. Returns {(top, left): tile}, row by row. A tile is side x
+    side (x C), and a view if the array is at least as large as that in both directions;
+    otherwise the array's edge is repeated. If side is 0, the only tile is the array.
+    """
+    if side == 0:
+        return {(0, 0): array}
+    height, width = array.shape[:2]
+    if height < side or width < side:
+        missing = [(0, max(0, side - height)), (0, max(0, side - width))]
+        channels = [(0, 0)] * (array.ndim - 2)
+        array = np.pad(array, missing + channels, mode="edge")
+    tiles = {}
+    for top in tile_starts(height, side):
+        for left in tile_starts(width, side):
+            tiles[top, left] = array[top : top + side, left : left + side]
+    return tiles
+
+
+def tile_starts(length, side):
+    """Where the tiles begin along a side of a picture that is `length` pixels long."""
+    count = math.ceil((length / side - OVERLAP) / (1 - OVERLAP))
+    last = max(0, length - side)
+    return np.linspace(0, last, max(1, count)).round().astype(int).tolist()
+
+
+def tiles_of(samples, side):
+    """Cut samples into tiles, which are samples again: a list, picture by picture.
+
+    samples: a list of dicts with `image` (H x W x 3, uint8), `image_id` and, if there
+    is a partial map to complete, `given` (H x W, int32). A tile has its part of these
+    two, its `place` (top, left), the index `picture` of its sample, and an `image_id`
+    of its own, so that it gets noise of its own.
+    """
+    tiles = []
+    for picture, sample in enumerate(samples):
+        parts = {"image": cut(sample["image"], side)}
+        if "given" in sample:
+            parts["given"] = cut(sample["given"], side)
+        for place in parts["image"]:
+            tile = {key: by_place[place] for key, by_place in parts.items()}
+            tile["place"] = place
+            tile["picture"] = picture
+            tile["image_id"] = sample["image_id"]
+            if place != (0, 0):
+                tile["image_id"] = f"{sample['image_id']} at {place}"
+            tiles.append(tile)
+    return tiles
+
+
+class Names:
+    """The ids of a joined picture, some of which turn out to be of the same segment.
+
+    A union-find table: `older[i]` is an older id of the same segment, or i itself if i
+    is its oldest. To join two ids, one entry changes, and no pixel.
+    """
+
+    def __init__(self):
+        self.older = [VOID]
+
+    def new(self):
+        """An id that has not been used before."""
+        self.older.append(len(self.older))
+        return self.older[-1]
+
+    def oldest(self, i):
+        """The oldest id of the segment that has the id i."""
+        while self.older[i] != i:
+            self.older[i] = self.older[self.older[i]]  # a shorter way for the next time
+            i = self.older[i]
+        return i
+
+    def join(self, i, k):
+        """From now on, i and k are ids of the same segment."""
+        first, second = sorted([self.oldest(i), self.oldest(k)])
+        self.older[second] = first
+
+
+def stitch(tiles, shape):
+    """Join the segmented tiles of a picture to one map.
+
+    tiles: {(top, left): (ids, certainty)}, in the order of `cut`, of H x W integers and
+    H x W floats. Ids (0 = void) need not be those of other tiles. shape: height and
+    width of the picture. Returns its ids (H x W, int32, 0 = void) and its certainty
+    (H x W, float32). If there is one tile, its ids stay as they are.
+
+    A segment is joined with one of earlier tiles if their IoU, counted where both can
+    be seen, is above 0.5. The largest segment of each tile counts as background, which
+    may consist of several pieces there: it is also joined with an earlier background of
+    which it covers more than half, counted in the same pixels.
+
+    Each tile looks only at its own box, and ids that are joined go into a table, which
+    is applied once at the end: the work grows as the number of pixels does.
+    """
+    height, width = shape
+    if len(tiles) == 1:
+        [(ids, certainty)] = tiles.values()
+        ids = ids[:height, :width].astype(np.int32)
+        return ids, certainty[:height, :width].astype(np.float32)
+
+    whole = np.full(shape, UNSEEN, np.int32)
+    whole_certainty = np.zeros(shape, np.float32)
+    names = Names()
+    backgrounds = set()
+    for (top, left), (ids, certainty) in tiles.items():
+        box = np.s_[top : top + ids.shape[0], left : left + ids.shape[1]]
+        before = whole[box]  # a view, smaller than a tile that exceeds the picture
+        height, width = before.shape
+        ids = ids[:height, :width]
+
+        # what this tile and the earlier ones found in the pixels that both can see
+        seen = before != UNSEEN
+        here = ids[seen]  # P
+        there = replace_ids(before[seen], names.oldest)  # P
+
+        # each segment of the tile gets a name in the picture
+        area = data.areas(ids)  # without void
+        name_of = {VOID: VOID}
+        overlaps = ious(here, there) if seen.any() else []  # none for the first tile
+        for segment, earlier, iou in overlaps:
+            if iou > SAME and segment != VOID and earlier != VOID:
+                name_of[segment] = earlier
+        for segment in area:
+            if segment not in name_of:
+                name_of[segment] = names.new()
+
+        # the background is joined with those of earlier tiles
+        oldest_first = sorted(area, key=name_of.get)  # the first wins a tie
+        largest = max(oldest_first, key=area.get, default=VOID)
+        if largest != VOID:
+            for earlier in backgrounds.intersection(there.tolist()):
+                covered = here[there == earlier] == largest
+                if covered.mean() > 0.5:
+                    names.join(earlier, name_of[largest])
+            backgrounds.add(names.oldest(name_of[largest]))
+
+        # of a strip that it shares with a neighbour, the tile fills the half next to it
+        rows_shared = np.sum(seen[:, -1])  # with the tiles above
+        columns_shared = np.sum(seen[-1])  # with the tile on the left
+        own = np.s_[rows_shared // 2 :, columns_shared // 2 :]
+        before[own] = replace_ids(ids[own], name_of.get)
+        whole_certainty[box][own] = certainty[:height, :width][own]
+
+    final = [names.oldest(i) for i in range(len(names.older))]
+    final.append(VOID)  # the last entry is that of UNSEEN, which is -1
+    return np.array(final, np.int32)[whole], whole_certainty
+
+
+def replace_ids(ids, new_id):
+    """Replace each id i of an integer array by new_id(i), computed once per id."""
+    known, place = np.unique(ids, return_inverse=True)
+    new = np.array([new_id(i) for i in known.tolist()], np.int32)
+    return new[place].reshape(ids.shape)
+
+
+def sample_in_tiles(model, samples, draw, batch_size):
+    """Segment pictures in tiles of the size that the model was trained on.
+
+    samples: a list, see `tiles_of`. draw(model, tiles) returns (ids, certainty) of each
+    of at most batch_size tiles, which may belong to several pictures. Yields ids and
+    certainty of each picture, see `stitch`. Tiles are drawn only when they are needed,
+    so the results of no more than one picture and one batch are held.
+    """
+    tiles = tiles_of(samples, model.settings["crop"])
+    starts = range(0, len(tiles), batch_size)
+    batches = (tiles[n : n + batch_size] for n in starts)
+    drawn = itertools.chain.from_iterable(draw(model, batch) for batch in batches)
+    results = zip(tiles, drawn, strict=True)
+    for picture, own in itertools.groupby(results, key=lambda r: r[0]["picture"]):
+        shape = samples[picture]["image"].shape[:2]
+        yield stitch({tile["place"]: found for tile, found in own}, shape)
 
 
 if __name__ == "__main__":
