@@ -1,5 +1,4 @@
-"""ae.py: stage 1, a shallow autoencoder from a map of segment ids to a latent and back
-(3.1).
+"""ae.py: stage 1, a shallow autoencoder of segmentation maps (3.1).
 
     python ae.py                                      # the paper's run: COCO, 512 px, N = 128
     torchrun --nproc_per_node=8 ae.py                 # the same on eight GPUs
@@ -7,9 +6,9 @@
     python ae.py --vae sd                             # Stable Diffusion's VAE instead (Table 1)
     python ae.py --ckpt checkpoints/ae.pt --iters 0   # only evaluate: PQ of the reconstruction
 
-Symbols (paper, section 3): y id map, N number of ids, n = log2 N, z = E(y) its latent,
-D(z) logits, f resizing factor, S = f h the side of the input. Writes ae.pt, ae_state.pt
-(for --resume), ae_log.jsonl, ae.json and ae.png to --out.
+Symbols (paper, section 3): y id map of side S, N number of ids, n = log2 N bits of an
+id, z = E(y) latent of side h = S / f, f resizing factor, D(z) logits. Writes ae.pt,
+ae_state.pt (for --resume), ae_log.jsonl, ae.json and ae.png to --out.
 """
 
 import functools
@@ -17,7 +16,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import data  # before torch: it sets what PyTorch reads on import
+import data  # before torch: sets a variable that PyTorch reads on import
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,43 +36,43 @@ conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 class Settings(data.Settings):
     """The paper's values; where the paper is silent, those of the authors' release."""
 
-    size: int = flag(
-        512, "side S of the square that the network sees, in pixels", positive
+    size: int = flag(512, "side S of the square network input, in pixels", positive)
+    num_ids: int = flag(
+        128, "N, number of ids including 0 (void)", [4, 8, 16, 32, 64, 128, 256]
     )
-    num_ids: int = flag(128, "N; id 0 is void", [4, 8, 16, 32, 64, 128, 256])
     encoding: str = flag(
-        "bits", "of ids at the input", ["bits", "rgb", "onehot", "positional"]
+        "bits", "how ids are encoded", ["bits", "rgb", "onehot", "positional"]
     )
     iters: int = flag(60_000, "iterations; 0: only evaluate --ckpt", natural)
-    batch_size: int = flag(16, "images an iteration, over all processes", positive)
+    batch_size: int = flag(16, "images per iteration, over all processes", positive)
     lr: float = flag(1e-4, "peak learning rate of AdamW", amount)
-    kl: float = flag(0.0, "weight of a KL term, Fig. 9's ablation", amount)
+    kl: float = flag(0.0, "weight of the KL term (ablation of Fig. 9)", amount)
     vae: str = flag(
         None,
         "Table 1: train Stable Diffusion's VAE in place of the shallow autoencoder: sd, a "
         "hub id, a folder with vae/, or none for an untrained one",
         nonempty,
     )
-    factor: int = 8  # f, side of the image over side of the latent
+    factor: int = 8  # f: side of the map / side of the latent
     width: int = 256  # channels at the bottleneck
     weight_decay: float = 0.05  # the penalty on the weights in eq. 2
-    schedule: str = "constant"  # of the learning rate, after the warm-up
-    clip: float = 3.0  # largest norm of the gradient
-    points: int = 12_544  # at which each loss looks, for an input of 512 x 512 pixels
-    eval_images: int = 256
+    schedule: str = "constant"  # learning rate after the warm-up: constant or cosine
+    clip: float = 3.0  # the gradient's norm is clipped to this
+    points: int = 12_544  # that each loss samples, for an input of 512 x 512
+    eval_images: int = 256  # the first of val_split; sample.py evaluates them all
 
     stage = "ae"
     NETWORK = ("num_ids", "encoding", "factor", "width")
 
     def stored(self):
-        """The name of the checkpoint that a training starts from, and what it says."""
+        """The checkpoint to start from and its settings, or (None, {})."""
         if not self.ckpt:
             return None, {}
         network, _ = read_autoencoder(self.ckpt)
         return self.ckpt, {**data.load(self.ckpt)["settings"], **network}
 
 
-# --model small: 64-pixel scenes of up to 15 segments, trained in minutes
+# --model small: 64-pixel scenes with up to 15 ids; trains in minutes
 SMALL = {
     "size": 64,
     "num_ids": 16,
@@ -89,10 +88,10 @@ SMALL = {
 
 # ---------------------------------------------------------------------------- the model
 def encode_bits(ids, num_ids):
-    """Id map (B x H x W) -> bit k of each id as channel k, -1 or +1: B x n x H x W."""
+    """Id map (B x H x W) -> its bits as -1 or +1, bit k in channel k: B x n x H x W."""
     n = num_ids.bit_length() - 1
     k = torch.arange(n, device=ids.device).view(n, 1, 1)
-    bits = ids.long()[:, None] >> k & 1  # B x n x H x W
+    bits = (ids.long()[:, None] >> k) & 1  # B x n x H x W
     return 2.0 * bits - 1
 
 
@@ -115,9 +114,8 @@ class Autoencoder(nn.Module):
         self.encoding = encoding
         self.factor = factor
 
-        # nn.Identity keeps the authors' numbering of layers, which their checkpoints
-        # use.
-        c = width // factor
+        # The nn.Identity layers keep the authors' numbering, for their checkpoints.
+        c = width // factor  # doubles with each halving of the side, up to `width`
         layers = [conv3(self.input_channels(), c), nn.SiLU()]
         while c < width:  # halve the sides, double the channels
             layers += [conv3(c, c), conv3(c, 2 * c, stride=2), nn.SiLU()]
@@ -134,54 +132,49 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*layers)
 
     def network_input(self, ids):
-        """Ids (B x H x W, 0..N-1) -> B x C x H x W in -1..1; void is 0 in every
-        channel.
-        """
+        """Ids (B x H x W) -> B x C x H x W in -1..1, with 0 in all channels on void."""
         x = ENCODINGS[self.encoding](ids, self.num_ids)  # B x C x H x W
         return x * (ids != 0)[:, None]
 
     def input_channels(self):
-        """C; n for bits."""
+        """C, the number of channels of the input: n for bits."""
         return self.network_input(torch.zeros(1, 1, 1)).shape[1]
 
     def encode(self, ids):
-        """Ids (B x H x W, 0 = void) -> mean and log-variance of z (B x 4 x h x w
-        each).
-        """
-        x = self.network_input(ids)  # B x n x H x W
+        """Ids (B x H x W, 0 = void) -> mean, log-variance of z, each B x 4 x h x w."""
+        x = self.network_input(ids)  # B x C x H x W
         mean, logvar = self.encoder(x).float().chunk(2, dim=1)  # B x 4 x H/f x W/f
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
-        """Latent z (B x 4 x h x w) -> logits of ids (B x N x 4h x 4w)."""
+        """Latent z (B x 4 x h x w) -> logits (B x N x 4h x 4w; SDAutoencoder: fh)."""
         return self.decoder(z)
 
     def forward(self, ids):
-        """One training pass: logits at a sample z ~ N(mean, variance), mean,
-        log-variance.
-        """
+        """One training pass, with a sample of z: logits, mean, log-variance."""
         mean, logvar = self.encode(ids)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)  # B x 4 x h x w
         return self.decode(z), mean, logvar
 
 
 # -------------------------------------- the losses of eq. 2, on points (PointRend, 3.1)
-def sample_at(x, points, mode="bilinear"):
-    """x (B x C x H x W) at points (B x P x 2: x and y in 0..1) -> B x C x P; 0
-    outside.
+def sample_at(maps, points, mode="bilinear"):
+    """Sample maps (B x C x H x W) at points (B x P x 2, in 0..1) -> B x C x P.
+
+    A point is (x, y). Maps are 0 outside.
     """
     grid = 2 * points[:, None] - 1  # B x 1 x P x 2 in -1..1
-    return F.grid_sample(x.float(), grid, mode, align_corners=False)[:, :, 0]
+    return F.grid_sample(maps.float(), grid, mode, align_corners=False)[:, :, 0]
 
 
 @torch.no_grad()
 def uncertain_points(logits, uncertainty, count):
-    """PointRend's points: the most uncertain ones of many, and some uniform ones.
+    """PointRend's points: 75% are the most uncertain of 3 * count, 25% uniform.
 
-    logits: B x C x h x w; uncertainty: a function of logits at points (B x C x P -> B x
-    P). Returns B x count x 2 in 0..1. Logits are sampled at the points first: halfway
-    between a cell of logit +1 and one of -1 lies the boundary, at logit 0, and a map of
-    uncertainties, which is 1 at both cells, would not show it.
+    logits: B x C x h x w; uncertainty: a function of logits at points, B x C x P -> B x
+    P. Returns B x count x 2 in 0..1. The logits are sampled, not their uncertainty:
+    between a cell of logit +1 and one of -1 lies a boundary, where the sampled logit is
+    0, but a map of uncertainties is -1 at both cells and does not show it.
     """
     b = len(logits)
     points = torch.rand(b, 3 * count, 2, device=logits.device)
@@ -194,20 +187,20 @@ def uncertain_points(logits, uncertainty, count):
 
 
 def ce_uncertainty(logits):
-    """The less the two largest logits (B x N x P) differ, the more uncertain: B x P."""
+    """Second largest minus largest logit (B x N x P -> B x P): 0 is most uncertain."""
     first, second = logits.topk(2, dim=1).values.unbind(1)
     return second - first
 
 
 def mask_uncertainty(logits):
-    """The nearer a mask's logit (K x 1 x P) is to 0, the more uncertain: K x P."""
+    """Minus the absolute logit of a mask (K x 1 x P -> K x P): 0 is most uncertain."""
     return -logits[:, 0].abs()
 
 
 def ce_loss(logits, ids, points):
-    """L_ce: cross-entropy of ids (B x H x W) at points (B x P x 2). Void is left out.
+    """L_ce: cross-entropy with ids (B x H x W) at points (B x P x 2), void ignored.
 
-    Returns the sum over points that are not void, and their number.
+    Returns the sum over the points that are not void, and how many there are.
     """
     labels = sample_at(ids[:, None], points, "nearest")[:, 0].long()  # B x P
     logits = sample_at(logits, points)  # B x N x P
@@ -216,18 +209,18 @@ def ce_loss(logits, ids, points):
 
 
 def present_segments(ids, num_ids):
-    """The K segments of id maps (B x H x W): index of the image and id (K each)."""
-    # B x N
-    present = ids.new_zeros(len(ids), num_ids).scatter_(1, ids.flatten(1).long(), 1)
+    """The K segments in id maps (B x H x W): image index and id of each (K and K)."""
+    present = ids.new_zeros(len(ids), num_ids)  # B x N
+    present.scatter_(1, ids.flatten(1).long(), 1)
     present[:, 0] = 0
     return present.nonzero().unbind(1)
 
 
 def mask_loss(logits, masks, points):
-    """L_mask: BCE and Dice between K segments' logits and masks, at points (K x P x 2).
+    """L_mask: BCE + Dice of K segments' logits and masks, at points (K x P x 2).
 
-    logits: K x h x w, of each segment the channel of its id; masks: K x H x W, bool.
-    Returns the sum over the segments, and their number.
+    logits: K x h x w, for each segment the channel of its id; masks: K x H x W, bool,
+    False on void. Returns the sum over segments, and how many there are.
     """
     logits = sample_at(logits[:, None], points)[:, 0]  # K x P
     masks = sample_at(masks[:, None], points)[:, 0]  # K x P
@@ -238,43 +231,40 @@ def mask_loss(logits, masks, points):
 
 
 def reconstruction_losses(logits, ids, count):
-    """L_ce and L_mask of logits (B x N x h x w) and ids (B x H x W), at `count` points
-    each.
+    """L_ce and L_mask at `count` points, each as (sum, number to divide it by).
 
-    Returns two pairs of a sum and the number that it is to be divided by.
+    logits: B x N x h x w; ids: B x H x W, 0 = void.
     """
     ce_points = uncertain_points(logits, ce_uncertainty, count)
-    image, own = present_segments(ids, logits.shape[1])  # K, K
-    own_logits = logits[image, own]  # K x h x w
-    masks = ids[image] == own[:, None, None]  # K x H x W
-    mask_points = uncertain_points(own_logits[:, None], mask_uncertainty, count)
-    return ce_loss(logits, ids, ce_points), mask_loss(own_logits, masks, mask_points)
+    index, segment = present_segments(ids, logits.shape[1])  # K, K
+    mask_logits = logits[index, segment]  # K x h x w
+    masks = ids[index] == segment[:, None, None]  # K x H x W; void is in no mask
+    mask_points = uncertain_points(mask_logits[:, None], mask_uncertainty, count)
+    return ce_loss(logits, ids, ce_points), mask_loss(mask_logits, masks, mask_points)
 
 
 def kl_loss(mean, logvar):
-    """KL of the latent's Gaussian from N(0, I): sum over channels and cells, batch
-    mean.
-    """
+    """KL(N(mean, variance) || N(0, I)), summed over z, averaged over the batch."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(mean)
 
 
-# -------------------------------------------------------- from logits to segments (3.2)
+# --------------------------------------- from logits to segments (4.1, supplement B)
 def resize(logits, height, width):
-    """N x h x w -> N x height x width, bilinearly."""
+    """Resize N x h x w bilinearly to N x height x width."""
     return F.interpolate(logits[None].float(), (height, width), mode="bilinear")[0]
 
 
 @torch.no_grad()
 def likeliest(logits, height, width):
-    """Logits (N x h x w), resized -> ids (height x width, int32) and their probability.
+    """Logits (N x h x w) -> ids (height x width, int32), their probability; in NumPy.
 
-    The result is that of a softmax over N; going through 16 ids at a time, the N
-    channels of a photograph need not fit into memory. Returns NumPy arrays.
+    Resize, softmax, argmax, for at most 16 ids at a time: all N channels of a
+    photograph might not fit into memory. (One resize; the authors go through S x S.)
     """
     best = torch.full((height, width), -math.inf, device=logits.device)
     total = best.clone()  # log of the sum of exp(logits)
     ids = torch.zeros_like(best, dtype=torch.int32)
-    count = max(1, min(16, 2**26 // best.numel()))  # of a 50-megapixel photograph one
+    count = max(1, min(16, 2**26 // best.numel()))  # 1 for 50 megapixels
     for first in range(0, len(logits), count):
         part = resize(logits[first : first + count], height, width)
         top, place = part.max(0)
@@ -285,17 +275,14 @@ def likeliest(logits, height, width):
 
 
 def paper_min_area(pixels):
-    """Supplement B: 512 pixels; of a picture smaller than the paper's 512 x 512,
-    1/512.
-    """
+    """512 pixels (supplement B); ours: 1/512 of a picture under 512 x 512 pixels."""
     return round(min(512, pixels / 512))
 
 
 def void_uncertain(ids, probability, min_area=None, threshold=0.5):
-    """Supplement B: uncertain pixels and small segments of an id map (H x W) become
-    void.
+    """Uncertain pixels, then small segments of ids (H x W) become void (supplement B).
 
-    min_area: in pixels; None: as `paper_min_area` says.
+    min_area: in pixels; None: `paper_min_area`.
     """
     if min_area is None:
         min_area = paper_min_area(ids.size)
@@ -307,7 +294,7 @@ def void_uncertain(ids, probability, min_area=None, threshold=0.5):
 # --------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def evaluate(model, held_out, args):
-    """PQ, SQ, RQ (percent) of reconstructions in random ids, and pictures of some."""
+    """PQ, SQ, RQ (percent) of the reconstructions of random ids, and rows to draw."""
     device = next(model.parameters()).device
     model.eval()
     score = pq.Score()
@@ -315,7 +302,7 @@ def evaluate(model, held_out, args):
     for samples in held_out.batches(args.batch_size):
         truths = []
         for s in samples:
-            rng = data.stream_of(s, args.seed, 3)
+            rng = data.stream_of(s, args.seed, data.IDS)
             ids, _ = data.relabel(
                 s["ids"], s["segments_info"], num_ids=model.num_ids, rng=rng
             )
@@ -335,7 +322,7 @@ def evaluate(model, held_out, args):
 
 # ----------------------------------------------------------------------------- training
 def new_model(args):
-    """The autoencoder of --ckpt, Stable Diffusion's (--vae), or an untrained one."""
+    """The autoencoder of --ckpt or --vae, or else an untrained shallow one."""
     if args.ckpt:
         model = load_autoencoder(args.ckpt)
     elif args.vae:
@@ -358,7 +345,7 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True  # shapes stay the same
     mixed = data.autocast(device, precision)
 
-    # data: ids alone, no pictures
+    # data: ids only, no images
     train_source = data.open_split(args, args.train_split, images=False)
     val_source = data.open_split(args, args.val_split, images=False)
     training = data.Training(
@@ -370,14 +357,14 @@ def main(argv=None):
     held_out = data.HeldOut(val_source, args.eval_images)
     held_out.check()
 
-    # model; DDP makes processes exchange their gradients
+    # model; with several processes DDP averages the gradients in backward()
     model = new_model(args).to(device, memory_format=torch.channels_last).train()
     ddp = data.distributed(model)
     settings = {**data.settings_of(args), "autoencoder": model.settings}
     data.warn_of_ceiling(train_source, args, model.num_ids, factor=model.factor)
     points = max(256, round(args.points * (args.size / 512) ** 2))
 
-    # optimiser: its weight decay is the penalty of eq. 2
+    # optimiser: AdamW's weight decay is the penalty in eq. 2
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(
         weights, lr=args.lr, weight_decay=args.weight_decay, fused=True
@@ -393,48 +380,47 @@ def main(argv=None):
         with mixed:
             logits, mean, logvar = ddp(ids)  # B x N x 4h x 4w, twice B x 4 x h x w
 
-        # eq. 2. DDP averages the gradients of all processes, so each of them divides
-        # its sums by the mean, over processes, of the numbers of points and of
-        # segments.
+        # eq. 2. DDP averages gradients over processes. For the loss to be a mean over
+        # all points and segments, each process divides by their average number.
         (ce, ce_count), (mask, mask_count) = reconstruction_losses(logits, ids, points)
         counts = torch.stack([ce_count.float(), mask_count])
         ce_count, mask_count = data.mean_over_processes(counts).clamp(min=1e-6)
         loss = ce / ce_count + mask / mask_count + args.kl * kl_loss(mean, logvar)
         scaler.scale(loss).backward()
 
-        # a step down the gradient, unless it has overflowed
+        # optimiser step, skipped if the gradient has overflowed
         lr = data.learning_rate(it, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
-        # the norm before clipping
-        grad_norm = nn.utils.clip_grad_norm_(weights, args.clip)
+        grad_norm = nn.utils.clip_grad_norm_(weights, args.clip)  # before clipping
         if run.is_finite(grad_norm):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         average.update(it)
 
-        # once in a while
+        # now and then log, save and evaluate
         done = it + 1
         if run.time_to_log(done):
             loss = data.mean_over_processes(loss.detach())
             run.log(done, loss=loss, grad_norm=grad_norm, lr=lr)
         if run.time_to_save(done):
-            # first: an evaluation that fails then costs nothing
+            # save first, so that a failing evaluation loses nothing
             run.save(done, settings)
             with average.in_place():
                 figures, rows = evaluate(model, held_out, args)
             run.log(done, val_pq=figures["pq"])
 
-    if not run.left:  # nothing was to be trained
-        figures, rows = evaluate(model, held_out, args)
+    if not run.left:  # --iters 0, or --resume of a finished run
+        with average.in_place():
+            figures, rows = evaluate(model, held_out, args)
     run.report(figures, rows, ["truth in random ids", "reconstruction"])
 
 
 # ------------------------------------------------- checkpoints of this stage, read back
 def release_settings(weights):
-    """The shape of the authors' autoencoder, as its tensors tell."""
+    """The settings of the authors' autoencoder, read off the shapes of its weights."""
     width = len(weights["decoder.0.weight"])
     return {
         "num_ids": len(weights["decoder.10.weight"]),
@@ -445,15 +431,15 @@ def release_settings(weights):
 
 
 def read_autoencoder(path):
-    """The settings and weights of the autoencoder in a checkpoint of either stage, ours
-    or the authors'. Raises BadInput.
+    """Settings and weights of the autoencoder in a checkpoint of either stage.
+
+    The authors' checkpoints will do too. Raises BadInput.
     """
     content = data.load(path)
     with data.reading(path, "checkpoint whose weights fit its settings"):
         if content["kind"].startswith("release"):
-            weights = content[
-                "vae" if content["kind"] == "release_ae" else "vae_semseg"
-            ]
+            part = "vae" if content["kind"] == "release_ae" else "vae_semseg"
+            weights = content[part]
             weights = {key.removeprefix("module."): w for key, w in weights.items()}
             return release_settings(weights), weights
         settings = content["settings"]["autoencoder"]
@@ -466,10 +452,10 @@ def read_autoencoder(path):
 
 
 def build(settings):
-    """The untrained autoencoder of either kind that has these settings."""
+    """An untrained Autoencoder or SDAutoencoder of these settings."""
     if "vae" in settings:
         return SDAutoencoder(settings["vae"], settings["num_ids"], settings["encoding"])
-    names = ("num_ids", "encoding", "factor", "width")  # older files say more
+    names = Settings.NETWORK  # older files hold more settings
     return Autoencoder(**{name: settings[name] for name in names})
 
 
@@ -484,9 +470,7 @@ def load_autoencoder(path):
 
 # ---------------------------------------------------------------- other encodings (3.1)
 def encode_rgb(ids, num_ids):
-    """A third of the id's bits in each of three channels, as a colour: B x 3 x H x
-    W.
-    """
+    """The bits of an id spread over three channels, as a colour: B x 3 x H x W."""
     n = num_ids.bit_length() - 1
     levels = 2 ** math.ceil(n / 3)
     ids = ids.long()[:, None]  # B x 1 x H x W
@@ -495,12 +479,12 @@ def encode_rgb(ids, num_ids):
 
 
 def encode_onehot(ids, num_ids):
-    """A channel of its own for each id: B x N x H x W."""
+    """One channel per id: B x N x H x W."""
     return F.one_hot(ids.long(), num_ids).movedim(3, 1).float()
 
 
 def encode_positional(ids, num_ids):
-    """Sine and cosine at n wavelengths from 2 pi to 2 pi N: B x 2n x H x W."""
+    """Sine and cosine of an id at n wavelengths, 2 pi .. 2 pi N: B x 2n x H x W."""
     n = num_ids.bit_length() - 1
     k = torch.arange(n, device=ids.device).view(n, 1, 1)
     angle = ids.long()[:, None] / num_ids ** (k / (n - 1))  # B x n x H x W
@@ -526,10 +510,10 @@ SD_VAE = {  # the shape of its VAE; other settings are the defaults of Autoencod
 
 
 class SDAutoencoder(Autoencoder):
-    """Stable Diffusion's VAE in place of the shallow autoencoder, with a new first and
-    last layer; 84 M parameters, logits at f times the latent's side.
+    """Stable Diffusion's VAE as stage 1, with a new first and a new last layer.
 
-    vae: an AutoencoderKL or the config of one, which tells f and the widths.
+    84 M parameters; logits come out at f times the latent's side. vae: an AutoencoderKL
+    or its config, from which f and the widths follow.
     """
 
     def __init__(self, vae, num_ids, encoding):
@@ -549,11 +533,10 @@ class SDAutoencoder(Autoencoder):
 
 
 def load_sd(name, network, part):
-    """Stable Diffusion's UNet2DConditionModel or AutoencoderKL (`network`), its "unet"
-    or "vae".
+    """Load Stable Diffusion's UNet or VAE: part is "unet" or "vae", network its class.
 
-    name: sd, a hub id, a folder with unet/ and vae/, or none for version 1.4's
-    untrained twin. Raises BadInput.
+    name: sd, a hub id, a folder with unet/ and vae/, or none for untrained networks of
+    version 1.4's shape. Raises BadInput.
     """
     if name == "none":
         return network(**SD_VAE) if network is AutoencoderKL else network()
@@ -561,7 +544,7 @@ def load_sd(name, network, part):
     try:
         try:
             loaded = network.from_pretrained(name, subfolder=part)
-        except OSError:  # some folders hold half-precision weights only
+        except OSError:  # some folders hold only half-precision weights
             loaded = network.from_pretrained(name, subfolder=part, variant="fp16")
     except Exception as error:  # of the hub, of files, of their contents
         raise BadInput(

@@ -1,34 +1,34 @@
-"""data.py: every source of data becomes the same sample (paper: section 4.1).
+"""data.py: every source of data yields the same kind of sample (paper: section 4.1).
 
     python data.py --data shapes                              # draw a sheet of built-in scenes
     python data.py --data data/coco --split val2017           # look into a COCO-style folder
     python data.py --data mine --split train --check          # what is broken, what to expect
 
-A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void),
-`segments_info` (as COCO has it: id, category_id, iscrowd, area), `image_id`,
+A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void; crowds
+have ids), `segments_info` (as in COCO: id, category_id, iscrowd, area), `image_id`,
 `file_name`.
 
 What id 0 means on the way:
-    data         void: no segment, a crowd, or a segment of under 10 px
-    stage 1      input: 0 in every channel. Loss: the cross-entropy leaves void pixels out;
-                 for BCE and Dice a void pixel is outside of every segment (as the authors)
-    stage 2      no loss in a latent cell whose top left pixel is void
-    sampling     the pixel is not certain enough, or its segment is too small
-    PQ           ignored where the truth is 0; no segment where the prediction is 0
+    training     void: no segment, a crowd, or a segment of under 10 px
+    stage 1      input: 0 in every channel. Loss: cross-entropy ignores void pixels;
+                 for BCE and Dice they are outside of every segment (as in the release)
+    stage 2      no loss in a latent cell whose top-left pixel is void
+    sampling     an uncertain pixel, or one of a segment that is too small
+    PQ           truth: the pixel is ignored; prediction: no segment
     inpainting   unknown: to be filled in
 
-Everything random has a stream of its own, so that each part repeats whatever the others do:
+Every random choice has its own stream, so that it repeats whatever the others draw:
     a scene                            (seed, crc32 of the split, index)
     the order of an epoch              (seed, 1, epoch)
     training sample n: flip and ids    (seed, 2, n)
-    ids in an evaluation, completion   (seed, 3, image_id)
+    ids in evaluation and completion   (seed, 3, image_id)
     dropped blocks                     (seed, 4, image_id)
     crops, colours, partial maps       (seed, 5, n)
     held-out crops                     (index, crop)
-    noise to sample from               crc32 of seed and image_id
+    noise for sampling                 crc32 of seed and image_id
     points, noise, timesteps           (seed, iteration, rank), by torch.manual_seed
     new weights                        seed, by torch.manual_seed
-A run repeats to the bit on a CPU with the same numbers of processes and threads.
+On a CPU, with as many processes and threads, a run repeats bit for bit.
 """
 
 import argparse
@@ -47,8 +47,7 @@ from collections import Counter, OrderedDict, defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
-# An operation that the GPU of a Mac lacks runs on its CPU. PyTorch reads this on
-# import.
+# Operations that a Mac's GPU lacks run on its CPU. PyTorch reads this on import.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import numpy as np
@@ -60,26 +59,27 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, get_worker_info
 from tqdm import tqdm
 
-# torchrun tells each process its number and how many there are. Rank 0 prints and
+# torchrun tells each process its rank and the number of processes. Rank 0 prints and
 # writes.
 TORCHRUN = "MASTER_ADDR" in os.environ and "WORLD_SIZE" in os.environ
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
+EPOCHS, SAMPLES, IDS, BLOCKS, CHANGES = range(1, 6)  # random streams, see above
+
 
 class BadInput(ValueError):
-    """The user gave something wrong. One line says where, what is wrong, what to do."""
+    """The user's input is wrong. One line says where, what is wrong, and what to do."""
 
 
 # --------------------------------------------- from a sample to a training sample (4.1)
 def count_values(values):
-    """Distinct integers of a flat array, ascending, and how often each occurs.
+    """The distinct integers of a flat array, ascending, and their counts.
 
-    Id maps consist of long runs of equal values, so that sorting runs, not pixels, is
-    fast.
+    It sorts runs of equal values, not pixels: fast, because runs in id maps are long.
     """
     changes = np.flatnonzero(values[1:] != values[:-1]) + 1
-    start = np.append(0, changes)[: len(values)]  # of each run; none in an empty array
+    start = np.append(0, changes)[: len(values)]  # of each run; empty if values is
     length = np.diff(start, append=len(values))
     known, place = np.unique(values[start], return_inverse=True)
     return known, np.bincount(place, length).astype(np.int64)
@@ -102,9 +102,8 @@ def describe(ids):
 def relabel(ids, segments_info, num_ids, rng, min_area=1):
     """Give the segments of an id map (H x W) random distinct ids in 1..num_ids-1 (4.1).
 
-    Crowds and segments of fewer than min_area pixels become void; of more than num_ids
-    - 1 segments the largest are kept. Returns the new map (H x W, uint8) and {old id:
-    new id}.
+    Crowds and segments of fewer than min_area pixels become void. If more than N-1 are
+    left, the largest are kept. Returns the new map (H x W, uint8), {old id: new id}.
     """
     kept = [s for s in segments_info if not s["iscrowd"] and s["area"] >= min_area]
     if len(kept) > num_ids - 1:
@@ -122,22 +121,18 @@ def relabel(ids, segments_info, num_ids, rng, min_area=1):
 
 
 def resize_ids(ids, height, width):
-    """Nearest-neighbour resize of an H x W map: the pixel whose centre is nearest."""
+    """Nearest-neighbour resize of an H x W map: each takes the nearest pixel centre."""
     return np.asarray(Image.fromarray(ids).resize((width, height), Image.NEAREST))
 
 
 def resize_image(image, size):
-    """Squash an H x W x 3 uint8 array, without cropping (bicubic), to 3 x S x S
-    uint8.
-    """
+    """Resize H x W x 3 (uint8) to a square, bicubic, not cropped: 3 x S x S, uint8."""
     image = torch.tensor(image).permute(2, 0, 1)[None]  # 1 x 3 x H x W
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def drop_blocks(size, drop, block, rng):
-    """Which pixels stay given (size x size, bool) if a share `drop` of the blocks goes
-    (3.3).
-    """
+    """Drop each block with probability `drop`: size x size, True where kept (4.2)."""
     count = math.ceil(size / block)  # blocks along a side
     kept = rng.random((count, count)) >= drop
     return kept.repeat(block, 0).repeat(block, 1)[:size, :size]
@@ -145,39 +140,35 @@ def drop_blocks(size, drop, block, rng):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed, epoch, count):
-    """The order in which an epoch goes through `count` samples."""
-    return np.random.default_rng((seed, 1, epoch)).permutation(count)
+    """The order in which an epoch visits `count` samples."""
+    return np.random.default_rng((seed, EPOCHS, epoch)).permutation(count)
 
 
 @dataclass
 class Training:
-    """An endless stream of training samples: square resize, random flip, random ids
-    (4.1).
+    """An endless stream of training samples: resized, flipped, with random ids (4.1).
 
-    Sample n follows from (seed, n) alone, so that a run repeats over any number of
-    processes and workers, and from the middle of an epoch.
+    Sample n depends on (seed, n) alone, so that a run repeats with any number of
+    processes and workers, and resumes in the middle of an epoch.
     """
 
     source: object
     size: int  # side of the network's input in pixels
     num_ids: int  # N
     seed: int = 0
-    min_area: int = (
-        10  # smaller segments (pixels of the file) are void in training (authors)
-    )
+    min_area: int = 10  # pixels of the file; smaller segments become void (authors)
 
     def __getitem__(self, n):
         """Training sample n, a dict of tensors:
+
         ids      S x S, uint8, 0 = void
-        image    3 x S x S, uint8 (absent if the source reads no pictures, as in stage 1)
-        classes  N, int64: the place of each id's category in the source's list, -1 = none
+        image    3 x S x S, uint8; absent if the source reads no pictures, as in stage 1
+        classes  N, int64: index of each id's category in source.categories, -1 = none
         """
         return self.prepare(self.read(n), n)
 
     def read(self, n):
-        """The n-th sample of the stream; a broken one is named and the next takes its
-        place.
-        """
+        """The n-th sample of the stream; if broken, says so and takes the next one."""
         if self.source.endless:
             return self.source[n]
         count = len(self.source)
@@ -196,8 +187,8 @@ class Training:
         )
 
     def prepare(self, sample, n):
-        """What the network is trained on, made of a sample."""
-        rng = np.random.default_rng((self.seed, 2, n))
+        """A training sample from a sample: random ids, resize, flip."""
+        rng = np.random.default_rng((self.seed, SAMPLES, n))
         segments = sample["segments_info"]
         ids, new_id = relabel(
             sample["ids"],
@@ -224,11 +215,10 @@ class Training:
 
 
 def training_batches(dataset, iterations, args, pieces=1):
-    """Batches of the iterations, this process's share of each in `pieces`
-    micro-batches.
+    """This process's share of each iteration's batch, in `pieces` micro-batches.
 
-    The samples of an iteration are the same for any number of processes and pieces.
-    Raises BadInput if the batch cannot be shared out evenly.
+    An iteration has the same samples for any number of processes and pieces. Raises
+    BadInput if its batch cannot be divided evenly.
     """
     share, rest = divmod(args.batch_size, WORLD * pieces)
     if rest:
@@ -250,9 +240,9 @@ def training_batches(dataset, iterations, args, pieces=1):
 
 
 class HeldOut:
-    """This process's share of the samples of a source, for evaluation.
+    """The samples of a source to evaluate on; each process gets a share of them.
 
-    Broken samples are named and left out. limit: only the first so many samples.
+    Broken samples are reported and left out. limit: use only so many, the first ones.
     """
 
     def __init__(self, source, limit=None):
@@ -277,7 +267,7 @@ class HeldOut:
                 yield sample
 
     def batches(self, batch_size):
-        """Lists of at most batch_size samples; the bar advances when one is done with.
+        """This process's samples in lists of at most batch_size, with a progress bar.
 
         Raises BadInput at the end if no process found a usable sample.
         """
@@ -443,7 +433,7 @@ class CocoPanoptic:
         self.categories, items, self.crowds, self.unlisted = read_items(
             self.json, panoptic=True, keep_crowds=keep_crowds
         )
-        # Pictures of crowds alone say nothing about segments.
+        # Pictures with crowds only are left out, in training and evaluation (authors).
         self.items = [text for text, has_objects in items if has_objects]
 
     def __len__(self):
@@ -479,9 +469,9 @@ class CocoInstances:
     """A folder with outlines of objects: COCO's instances, CVAT's or Roboflow's export.
 
     annotations/instances_SPLIT.json or SPLIT/_annotations.coco.json lists the objects.
-    They are painted from large to small, so that a small one lies over a large one.
-    Whatever is no object is one segment of category `background_id`, which no object
-    has. Pictures without objects count: they are all background.
+    They are painted from large to small, so that a small one lies over a large one. All
+    other pixels are one segment, whose category `background_id` no object has. Pictures
+    without objects count: they are all background.
 
     images, keep_crowds, attributes and errors are those of CocoPanoptic. The pictures
     must be there even with images=False, because their headers are read: an outline is
@@ -510,7 +500,10 @@ class CocoInstances:
         return len(self.items)
 
     def __getitem__(self, index):
-        """Sample `index`, as of CocoPanoptic. Raises BadInput if it cannot be used."""
+        """Sample `index`, as in CocoPanoptic, and `background`: its segment's id (1).
+
+        Raises BadInput if it cannot be used.
+        """
         info, _, objects = json.loads(self.items[index])
         where = f"{self.json}: image {info['id']}"
         file = find_file(info["file_name"], self.picture_folders, where=where)
@@ -539,7 +532,7 @@ class CocoInstances:
         for o in objects:
             try:
                 runs = outline_runs(o["segmentation"], height, width=width)
-            except Exception:  # what people write there can fail in any way
+            except Exception:  # what people write there can be wrong in any way
                 faults.append(f"object {o['id']} has no usable outline")
             else:
                 layers.append((runs, o))
@@ -1047,7 +1040,7 @@ def number(kind, low, high=2**32 - 1):
     """A function from a flag's text to an int or float (kind) in low..high."""
 
     def read_number(text):
-        """Argparse itself says what is wrong with a text that is no number."""
+        """Text that is no number raises ValueError, which argparse reports."""
         value = kind(text)
         if low <= value <= high:
             return value
@@ -1057,9 +1050,7 @@ def number(kind, low, high=2**32 - 1):
 
 
 def nonempty(text):
-    """A flag's text that names something; an empty one is an unset variable of a
-    shell.
-    """
+    """The text of a flag, not empty (as from an unset shell variable)."""
     if text.strip():
         return text
     raise argparse.ArgumentTypeError("is empty")
@@ -1072,7 +1063,7 @@ fraction = number(float, 0, 1)
 
 
 def flag(default, meaning, kind, nargs=None):
-    """A setting of a dataclass with a flag of its own.
+    """A field of a dataclass that is also a command-line flag.
 
     kind: a function of the flag's text, a list of choices, or bool for a switch;
     nargs: as argparse has it.
@@ -1082,17 +1073,15 @@ def flag(default, meaning, kind, nargs=None):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints become BadInput."""
+    """argparse that raises BadInput instead of exiting."""
 
     def error(self, message):
-        """What argparse calls on a wrong flag. Raises BadInput."""
+        """Called by argparse on a wrong flag. Raises BadInput."""
         raise BadInput(message)
 
 
 def parse(settings, doc, argv):
-    """The flags that were typed: {name: value}. settings: a dataclass; doc: for
-    --help.
-    """
+    """The flags that were given, {name: value}; doc: the text of --help."""
     parser = Parser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1125,9 +1114,7 @@ def parse(settings, doc, argv):
 
 
 def default_workers():
-    """Processes that load data: one for each further processor that this one may
-    use.
-    """
+    """The number of processes that load data: one per spare processor, at most 8."""
     if hasattr(os, "sched_getaffinity"):
         processors = len(os.sched_getaffinity(0))
     else:
@@ -1139,7 +1126,7 @@ def default_workers():
 
 @dataclass
 class Settings:
-    """What both trainings can be told. A setting without flag() is changed in code."""
+    """The settings of both trainings. One without flag() is changed in the code."""
 
     model: str = flag(
         "sd",
@@ -1150,13 +1137,11 @@ class Settings:
     data: str = flag("data/coco", "'shapes', or a folder in COCO layout", nonempty)
     train_split: str = flag("train2017", "name of the split to train on", nonempty)
     val_split: str = flag("val2017", "name of the split to evaluate on", nonempty)
-    keep_crowds: bool = flag(
-        False, "objects with iscrowd 1 are objects like others", bool
-    )
+    keep_crowds: bool = flag(False, "treat objects with iscrowd 1 like others", bool)
     out: str = flag("checkpoints", "folder to write to", nonempty)
     ckpt: str = flag(None, "start from the weights in this checkpoint", nonempty)
-    resume: bool = flag(False, "go on with the run in --out", bool)
-    seed: int = flag(0, "of everything random", natural)
+    resume: bool = flag(False, "continue the run in --out", bool)
+    seed: int = flag(0, "of all random choices", natural)
     device: str = flag(
         "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
     )
@@ -1167,18 +1152,16 @@ class Settings:
         ["auto", "fp32", "bf16", "fp16"],
     )
     num_workers: int = flag(
-        default_workers(),
-        "processes that load data, for each training process",
-        natural,
+        default_workers(), "data-loading processes per training process", natural
     )
     crop: int = flag(
         0, "beyond the paper: train on random squares of so many pixels", natural
     )
-    warmup: int = 200  # iterations in which the learning rate rises from 0 (authors)
-    save_every: int = 1000  # iterations; a short run saves twice
+    warmup: int = 200  # iterations over which the learning rate rises from 0 (authors)
+    save_every: int = 1000  # iterations between evaluations; a short run has two
     ema: float = 0.0  # decay of a running average of the weights; 0: none (authors)
 
-    # --resume may change these; all other settings make a run what it is.
+    # --resume may change these; all other settings are fixed for a run.
     FREE = (
         "data",
         "out",
@@ -1191,7 +1174,7 @@ class Settings:
         "micro_batch",
         "lr",
     )
-    # These say which data a checkpoint is for; what builds on it begins with them.
+    # The data that a checkpoint is for: a training that starts from it takes them over.
     DATA = (
         "model",
         "data",
@@ -1207,10 +1190,10 @@ class Settings:
 def configure(settings, small, doc, argv):
     """The settings of a training, an instance of the dataclass `settings`.
 
-    What is typed decides; else the run of --resume; else, as far as it says what the
-    network is and which data it is for, the checkpoint that the training starts from;
-    else, with --model small, the table `small`; else the dataclass. Raises BadInput
-    where something typed contradicts the run or the network.
+    The first of these that has a setting decides: the flags that were given; with
+    --resume the run, otherwise the checkpoint to start from (its network and data
+    only); with --model small the table `small`; the defaults. Raises BadInput if a flag
+    contradicts the run or the network.
     """
     typed = parse(settings, doc, argv)
     call = settings(**typed)
@@ -1242,9 +1225,7 @@ def configure(settings, small, doc, argv):
 
 
 def check_types(stored, settings, origin):
-    """Raise BadInput if a file's settings are not of the types of a dataclass's
-    defaults.
-    """
+    """Raise BadInput if settings read from a file are not of the dataclass's types."""
     for field in dataclasses.fields(settings):
         value = stored.get(field.name)
         kinds = (int, float) if field.type in (float, "float") else (field.type,)
@@ -1254,7 +1235,7 @@ def check_types(stored, settings, origin):
 
 
 def shortage(error):
-    """What the machine lacks, if an error says so, as one line; otherwise None."""
+    """One line on what the machine ran out of, if the error says so; else None."""
     text = str(error)
     if (
         isinstance(error, (MemoryError, torch.OutOfMemoryError))
@@ -1275,12 +1256,12 @@ def shortage(error):
 
 
 def command(main):
-    """Make `main(argv)` end on bad input with one line on stderr and exit code 2."""
+    """Make `main(argv)` report bad input in one line on stderr and exit with code 2."""
     script = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def run(argv=None):
-        """`main`, and how a process ends."""
+        """Call `main`; turn errors into exit codes."""
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # names of files need not be UTF-8
                 stream.reconfigure(errors="backslashreplace")
@@ -1323,10 +1304,9 @@ def open_split(args, split, images=True):
 # ---------------------------------------------------------- processes, device, progress
 @functools.cache
 def say_once(line, anywhere=False):
-    """Print a line once, beside progress bars, on rank 0 and in one of its loader's
-    workers.
+    """Print a line once, between progress bars: on rank 0, from its first worker only.
 
-    anywhere: on every rank and in every worker, for what only one of them comes across.
+    anywhere: from every rank and worker, for what only one of them may come across.
     """
     worker = get_worker_info()
     first = RANK == 0 and (worker is None or worker.id == 0)
@@ -1340,7 +1320,7 @@ def progress(total, start=0):
 
 
 def why_no_gpu():
-    """PyTorch's own words on why it cannot use CUDA."""
+    """Why PyTorch cannot use CUDA, in its own words."""
     try:
         torch.cuda.init()
     except Exception as error:
@@ -1376,9 +1356,9 @@ def choose_device(name):
 
 
 def setup(args):
-    """The device of --device, joined with those of other processes, and the precision.
+    """Set up the device, the process group and the seed: returns device, precision.
 
-    Seeds a new network's weights. Raises BadInput.
+    Raises BadInput.
     """
     device = choose_device(args.device)
     if device.type == "cuda":
@@ -1404,10 +1384,13 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def sampling_autocast(device):
+    """Mixed precision for sampling: on a GPU fp16, which gives the masks of fp32."""
+    return autocast(device, "fp16" if device.type == "cuda" else "fp32")
+
+
 def distributed(model):
-    """The model in DDP if there are several processes: backward() averages their
-    gradients.
-    """
+    """The model, wrapped in DDP (backward() averages gradients) if WORLD > 1."""
     if WORLD == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
@@ -1430,15 +1413,15 @@ def mean_over_processes(value):
 
 # ----------------------------------------------------------------------- files we write
 def write(file, content):
-    """Write a picture, a text, a checkpoint (*.pt) or JSON on rank 0, never half of it.
+    """Write a picture, text, checkpoint (*.pt) or JSON on rank 0, all of it or nothing.
 
     Raises BadInput if that is not possible; then the old file is unharmed.
     """
     if RANK > 0:
         return
     file = Path(file)
-    # Another run may write to the same folder, and a long name leaves no room for an
-    # ending.
+    # Not named after the file: a long name leaves no room for an ending. The process's
+    # number keeps runs that write to the same folder apart.
     temporary = file.parent / f".{os.getpid()}.tmp"
     try:
         if file.exists() and not file.is_file():
@@ -1453,10 +1436,7 @@ def write(file, content):
         else:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, file)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch
         reason = f"can't be written ({error}); what was there is unharmed"
         raise BadInput(f"{file}: {reason}") from None
     finally:
@@ -1466,9 +1446,7 @@ def write(file, content):
 
 # --------------------------------------------------------------- checkpoints, trainings
 class Inert:
-    """Stands in for whatever class a foreign file names: it takes anything and runs
-    nothing.
-    """
+    """Stands in for any class that a foreign file names; does nothing."""
 
     def __init__(self, *args):
         pass
@@ -1479,9 +1457,8 @@ class Inert:
 def load(file, kinds=("ae", "ldm", "release_ae", "release_ldm")):
     """A checkpoint of one of these kinds, as it was saved. Raises BadInput.
 
-    Nothing in it is executed: PyTorch's restricted unpickler gets a dict, or `Inert`,
-    for each class that the authors' files name. Weights are mapped from the file, not
-    copied.
+    Nothing in it is executed: for the classes that the authors' files name, PyTorch's
+    restricted unpickler gets a dict or `Inert`. Weights are memory-mapped.
     """
     with reading(file, "checkpoint"):
         # executes nothing
@@ -1509,9 +1486,7 @@ def load(file, kinds=("ae", "ldm", "release_ae", "release_ldm")):
 
 
 class Average:
-    """A running average of weights (EMA), which is better to sample from; none if decay
-    is 0.
-    """
+    """A running average (EMA) of the weights, for sampling; none if decay is 0."""
 
     def __init__(self, weights, decay):
         self.weights = weights
@@ -1519,16 +1494,14 @@ class Average:
         self.values = [w.detach().clone() for w in weights] if decay else []
 
     def update(self, iteration):
-        """Take in the weights after an iteration; early on the average is a shorter
-        one.
-        """
+        """Take in the weights after an iteration; early averages are over fewer."""
         decay = min(self.decay, (1 + iteration) / (10 + iteration))
         for value, weight in zip(self.values, self.weights):
             value.lerp_(weight.detach(), 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self):
-        """For a while the averaged weights stand in the network."""
+        """A context in which the network has the averaged weights."""
         self.swap()
         try:
             yield
@@ -1542,9 +1515,7 @@ class Average:
 
 
 def learning_rate(iteration, args):
-    """Of an iteration: a linear warm-up, then constant or half a cosine to 1% of the
-    peak.
-    """
+    """Linear warm-up, then constant or (from iteration 0) half a cosine down to 1%."""
     warmup = min(args.warmup, max(1, args.iters / 5))
     rate = args.lr * min(1, (iteration + 1) / warmup)
     if args.schedule == "cosine":
@@ -1566,23 +1537,17 @@ class Run:
     average: Average
 
     def __post_init__(self):
-        self.file = (
-            f"{self.args.out}/{self.args.stage}"  # of all files, without an ending
-        )
-        self.overflows = (
-            0  # how many of the last iterations had a gradient that is not finite
-        )
+        self.file = f"{self.args.out}/{self.args.stage}"  # how its file names begin
+        self.overflows = 0  # iterations in a row with a gradient that is not finite
         start = self.restore() if self.args.resume else 0
         self.left = range(start, self.args.iters)  # the iterations that are left
-        if self.left and start == 0:  # a new run: an older one in this folder has ended
+        if self.left and start == 0:  # a new run replaces an older one in this folder
             write(f"{self.file}_log.jsonl", "")
             if RANK == 0:
                 Path(f"{self.file}_state.pt").unlink(missing_ok=True)
 
     def restore(self):
-        """Go back to the state that was saved last; returns its iteration. Raises
-        BadInput.
-        """
+        """Restore the last saved state; returns its iteration. Raises BadInput."""
         state = load(f"{self.file}_state.pt", [f"{self.args.stage}_state"])
         with reading(f"{self.file}_state.pt", "state of this run"):
             self.model.load_state_dict(state["model"])
@@ -1597,7 +1562,7 @@ class Run:
         return start
 
     def trim_log(self, start):
-        """Forget what was logged after iteration `start`: it will be logged again."""
+        """Remove log lines after iteration `start`: they will be written again."""
         lines = []
         with contextlib.suppress(FileNotFoundError):
             lines = Path(f"{self.file}_log.jsonl").read_text().splitlines()
@@ -1609,24 +1574,19 @@ class Run:
         write(f"{self.file}_log.jsonl", "".join(kept))
 
     def iterations(self):
-        """The iterations that are left. What one draws follows from (seed, iteration,
-        rank).
-        """
+        """The iterations that are left; seeds each from (seed, iteration, rank)."""
         size = self.args.batch_size
         self.bar = progress(self.args.iters * size, self.left.start * size)
         with self.bar:
             for it in self.left:
-                # On a CPU only 32 bits of a seed count, so the three are mixed to that
-                # many.
+                # A CPU's generator uses 32 bits of a seed, so mix the three to that.
                 mixed = np.random.SeedSequence((self.args.seed, it, RANK))
                 torch.manual_seed(int(mixed.generate_state(1)[0]))
                 yield it
                 self.bar.update(size)
 
     def is_finite(self, grad_norm):
-        """Whether a step can be made. Raises BadInput after twenty in a row that
-        cannot.
-        """
+        """Whether to make a step. Counts failures; 20 in a row raise BadInput."""
         if grad_norm.isfinite():
             self.overflows = 0
             return True
@@ -1639,9 +1599,7 @@ class Run:
         return False
 
     def time_to_log(self, done):
-        """Whether to log after so many iterations: now and then, not to wait for the
-        GPU.
-        """
+        """Whether to log after `done` iterations: rarely, as it waits for the GPU."""
         return done % 20 == 0 or done == self.args.iters
 
     def time_to_save(self, done):
@@ -1650,10 +1608,9 @@ class Run:
         return done % every == 0 or done == self.args.iters
 
     def log(self, done, **figures):
-        """Append figures, numbers or tensors, as a line of JSON to the log, on rank
-        0.
-        """
-        figures = {name: float(value) for name, value in figures.items()}
+        """Append figures (numbers, tensors, None) as a line of JSON to the log (rank 0)."""
+        known = {name: value for name, value in figures.items() if value is not None}
+        figures = {name: float(value) for name, value in known.items()}
         if "loss" in figures:
             self.bar.set_postfix(loss=figures["loss"])
         if RANK == 0:
@@ -1661,9 +1618,14 @@ class Run:
                 file.write(json.dumps({"iteration": done, **figures}) + "\n")
 
     def save(self, done, settings):
-        """Write STAGE_state.pt, for --resume, and the (averaged) weights to
-        STAGE.pt.
-        """
+        """Write the averaged weights to STAGE.pt, and STAGE_state.pt for --resume."""
+        with self.average.in_place():
+            content = {
+                "kind": self.args.stage,
+                "settings": settings,
+                "weights": self.model.state_dict(),
+            }
+            write(f"{self.file}.pt", content)
         state = {
             "kind": f"{self.args.stage}_state",
             "settings": dataclasses.asdict(self.args),
@@ -1674,19 +1636,9 @@ class Run:
             "average": self.average.values,
         }
         write(f"{self.file}_state.pt", state)
-        with self.average.in_place():
-            weights = self.model.state_dict()
-            content = {
-                "kind": self.args.stage,
-                "settings": settings,
-                "weights": weights,
-            }
-            write(f"{self.file}.pt", content)
 
     def report(self, figures, rows, captions):
-        """Print the final figures; write them to STAGE.json and what they show to
-        STAGE.png.
-        """
+        """Print the final figures; write them and the pictures to STAGE.json, .png."""
         write(f"{self.file}.json", figures)
         if RANK == 0:
             print(f"{sentence(figures)} -> {self.file}.png")
@@ -1694,22 +1646,18 @@ class Run:
 
 
 def settings_of(args):
-    """What a checkpoint keeps of the settings of a training: its data and its
-    network.
-    """
+    """The settings that a checkpoint stores: those of the data and the network."""
     names = (*args.DATA, *args.NETWORK)
     return {name: getattr(args, name) for name in names}
 
 
 def stream_of(sample, *keys):
-    """A random generator of one's own for a sample: of keys (integers) and its
-    image_id.
-    """
+    """The random generator of (*keys, image_id) for a sample; keys: integers."""
     return np.random.default_rng((*keys, *str(sample["image_id"]).encode()))
 
 
 def sentence(figures):
-    """Figures in words: "images 256, pq 50.8"."""
+    """Figures as text: "images 256, pq 50.8"."""
     parts = []
     for name, value in figures.items():
         if value is not None:
@@ -2072,8 +2020,8 @@ def warn_of_ceiling(source, args, num_ids, factor):
     name, value = headline(figures)
     if value < 80:
         say_once(
-            f"note: with --size {args.size} --num_ids {num_ids} --crop {args.crop} a "
-            f"perfect network reaches {name} {value:.1f}; data.py --check suggests better"
+            f"note: at {args.size} px with N = {num_ids} and crops of {args.crop} px a "
+            f"perfect network reaches {name} {value:.1f}; data.py --check suggests more"
         )
 
 
@@ -2200,7 +2148,7 @@ class Augmented:
         """A training sample, and `given`: S x S, uint8, a part of its ids, 0 =
         unknown.
         """
-        rng = np.random.default_rng((self.training.seed, 5, n))
+        rng = np.random.default_rng((self.training.seed, CHANGES, n))
         sample = self.training.read(n)
         if self.crop:
             scale = rng.uniform(0.6, 1.4) if self.augment else 1

@@ -1,5 +1,4 @@
-"""diffusion.py: stage 2, denoise the latent of an id map given the image (3.2,
-Algorithms 1, 2).
+"""diffusion.py: stage 2, image-conditioned latent diffusion (3.2, Algorithms 1, 2).
 
     python diffusion.py                              # the paper's run: COCO, 512 px, one GPU
     torchrun --nproc_per_node=8 diffusion.py         # on eight; --batch_size is that of all
@@ -7,12 +6,14 @@ Algorithms 1, 2).
     python diffusion.py --ckpt checkpoints/ldm.pt --classes --out classes           # Table 2
     python diffusion.py --ckpt checkpoints/ldm.pt --distill 1 --iters 5000 --out few
 
-Symbols (paper, section 3): x image, y id map, j timestep in 0..T-1, ab_j = alphas_cumprod[j],
+Symbols (paper, section 3): x image, y id map, j timestep in 0..T-1,
+    ab_j               alphas_cumprod[j]
     z = scale * E(y)   latent of the id map                       B x 4 x h x w
+    eps                Gaussian noise                             B x 4 x h x w
+    z^j                z with noise eps at timestep j (eq. 3)     B x 4 x h x w
     image_latent       latent of the image, z_i in the paper      B x c x h x w
-    condition          what the UNet is given: image_latent       B x c x h x w
-    self_cond          the previous estimate of z, z^0            B x 4 x h x w
-    eps                Gaussian noise; z^j is z noised to timestep j by eq. 3
+    condition          what the UNet sees of the image: in the paper image_latent
+    self_cond          the previous estimate of z, called z^0     B x 4 x h x w
 Builds on stage 1 (ae.pt in --out, or --ckpt). Writes ldm.pt (all that sampling needs),
 ldm_state.pt (for --resume), ldm_log.jsonl, ldm.json and ldm.png to --out.
 """
@@ -25,7 +26,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import data  # before torch: it sets what PyTorch reads on import
+import data  # before torch: sets a variable that PyTorch reads on import
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -46,24 +47,24 @@ class Settings(data.Settings):
     """The paper's values; where the paper is silent, those of the authors' release."""
 
     iters: int = flag(50_000, "iterations; 0: only evaluate --ckpt", natural)
-    batch_size: int = flag(256, "images an iteration, over all processes", positive)
-    micro_batch: int = flag(32, "images at a time on each device", positive)
+    batch_size: int = flag(256, "images per iteration, over all processes", positive)
+    micro_batch: int = flag(32, "images per device and forward pass", positive)
     lr: float = flag(1e-4, "peak learning rate of AdamW", amount)
     loss_weight: str = flag(
         "linear", "w_j of eq. 4 (the authors' code: snr)", ["linear", "snr", "none"]
     )
     latent_scale: float = flag(
-        SD_SCALE, "factor on the latents of id maps", number(float, 1e-6)
+        SD_SCALE, "factor that scales the latents of id maps", number(float, 1e-6)
     )
-    classes: bool = flag(False, "Table 2: train the classifier, and only that", bool)
-    size: int = 512  # side S of the square that the network sees: that of stage 1
-    self_cond: float = 1.0  # share of the samples with self-conditioning (authors: all)
+    classes: bool = flag(False, "Table 2: train only the classifier", bool)
+    size: int = 512  # side S of the square network input: that of stage 1
+    self_cond_share: float = 1.0  # of samples that are self-conditioned (authors: all)
     scheduler: str = "ddim"  # see SCHEDULERS
-    steps: int = 50  # of sampling
+    steps: int = 50  # sampling steps
     weight_decay: float = 0.05
-    schedule: str = "cosine"  # of the learning rate, after the warm-up
-    clip: float = 1.0  # largest norm of the gradient
-    eval_images: int = 256
+    schedule: str = "cosine"  # learning rate after the warm-up: constant or cosine
+    clip: float = 1.0  # the gradient's norm is clipped to this
+    eval_images: int = 256  # the first of val_split; sample.py evaluates them all
 
     # beyond the paper
     given: float = flag(
@@ -78,9 +79,7 @@ class Settings(data.Settings):
     NETWORK = ("latent_scale", "scheduler", "steps")
 
     def start(self):
-        """The checkpoint of stage 1 that is built on, or of stage 2 that is trained
-        on.
-        """
+        """The checkpoint to start from: stage 1's, or stage 2's to train further."""
         path = self.ckpt or f"{self.out}/ae.pt"
         if self.resume:
             path = f"{self.out}/ldm.pt"
@@ -92,21 +91,21 @@ class Settings(data.Settings):
         return path
 
     def stored(self):
-        """The name of the checkpoint that a training starts from, and what it says."""
+        """The checkpoint to start from and its settings."""
         path = self.start()
         return path, read_checkpoint(path)["settings"]
 
 
-# --model small: from scratch, without Stable Diffusion. It estimates v, starts from
-# pure noise at j = T - 1, and averages its weights, all of which help a small network
-# with little time.
+# --model small: from scratch, without Stable Diffusion. Beyond the paper, the network
+# predicts v, its schedule ends in pure noise (ab_(T-1) = 0), and its weights are
+# averaged: all of this helps a small network that trains for a short time.
 SMALL = {
     "iters": 12_000,
     "batch_size": 32,
     "lr": 1e-3,
     "loss_weight": "none",
     "latent_scale": 0.36,
-    "self_cond": 0.5,
+    "self_cond_share": 0.5,
     "scheduler": "ddim-v",
     "steps": 10,
     "weight_decay": 0.01,
@@ -117,9 +116,7 @@ SMALL = {
 
 # ------------------------------------------------------------------- the DDIM scheduler
 class DDIM:
-    """Noise schedule and deterministic sampler (Song et al. 2021): Stable
-    Diffusion's.
-    """
+    """Stable Diffusion's noise schedule, DDIM's sampler (Song et al. 2021; eta = 0)."""
 
     T = 1000
 
@@ -128,9 +125,7 @@ class DDIM:
         self.alphas_cumprod = (1 - betas).cumprod(0)  # T, float32
 
     def scales(self, j, z):
-        """sqrt(ab_j) and sqrt(1 - ab_j), shaped to multiply z (B x 4 x h x w); j: int
-        or B.
-        """
+        """sqrt(ab_j), sqrt(1 - ab_j) of j (int or B), to multiply B x 4 x h x w."""
         self.alphas_cumprod = self.alphas_cumprod.to(z.device)  # moves once
         ab = self.alphas_cumprod[j].reshape(-1, 1, 1, 1)
         return ab.sqrt(), (1 - ab).sqrt()
@@ -141,31 +136,28 @@ class DDIM:
         return a * z + b * eps
 
     def target(self, z, eps, j):
-        """What the network should estimate from z noised with eps to timestep j."""
+        """What the network learns to predict: eps in the paper."""
         return eps
 
     def remove_noise(self, zj, output, j):
-        """The inverse of eq. 3: the estimate of z^0 from z^j and the network's
-        output.
-        """
+        """eq. 3 solved for z: the estimate of z^0 from z^j and the network's output."""
         a, b = self.scales(j, zj)
         return (zj - b * output) / a
 
     def step(self, zj, z0, j, j_prev):
-        """eq. 5 with eta = 0: from z^j and an estimate of z^0 to the earlier timestep
-        j_prev.
+        """eq. 5, eta = 0: from z^j and an estimate of z^0 to the next timestep, j_prev.
 
-        Past the last timestep (j_prev < 0) it steps to ab_0, as Stable Diffusion's
-        does.
+        eps is worked out from z0, which Algorithm 3 changes. After the last timestep
+        j_prev is -1 and z goes to ab_0, as in Stable Diffusion; sampling returns z0.
         """
         a, b = self.scales(j, zj)
         eps = (zj - a * z0) / b
         return self.add_noise(z0, eps, max(j_prev, 0))
 
     def timesteps(self, steps):
-        """[(j, the next j or -1), ...] of `steps` equidistant timesteps from T-1 down.
+        """`steps` equidistant timesteps from T-1 down: [(j, the next j or -1), ...].
 
-        Raises BadInput if there are not so many.
+        Raises BadInput unless there are 1 to T of them.
         """
         if not 1 <= steps <= self.T:
             raise BadInput(f"--steps {steps}: must be in 1..{self.T}")
@@ -176,8 +168,8 @@ class DDIM:
     def loss_weights(self, kind):
         """w_j of eq. 4: T floats.
 
-        linear: 1, falling linearly to 0 over the lowest quarter of the timesteps (the
-        paper); snr: min(SNR, 2) / SNR (the authors' code); none: 1.
+        linear: 1, but decayed linearly towards 0 over the lowest quarter of the
+        timesteps (the paper); snr: min(SNR, 2) / SNR (the authors' code); none: 1.
         """
         if kind == "linear":
             return (torch.arange(1, self.T + 1) / (self.T / 4)).clamp(max=1)
@@ -189,9 +181,9 @@ class DDIM:
 
 # ------------------------------------------------------------------------- the networks
 class SDEncoder(nn.Module):
-    """The image latent of Stable Diffusion's VAE: its mode, times 0.18215.
+    """The encoder of Stable Diffusion's VAE: the latent's mode times 0.18215.
 
-    vae: an AutoencoderKL, or None to build one from its config.
+    vae: an AutoencoderKL; None: an untrained one of this config.
     """
 
     def __init__(self, scale=SD_SCALE, vae=None, **config):
@@ -211,9 +203,7 @@ class SDEncoder(nn.Module):
 
 
 class Pixels(nn.PixelUnshuffle):
-    """An image latent without a network: B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x
-    W/f.
-    """
+    """No network (--model small): B x 3 x H x W in -1..1 -> B x 3 f^2 x H/f x W/f."""
 
     def __init__(self, factor):
         super().__init__(factor)
@@ -226,9 +216,7 @@ IMAGE_ENCODERS = {"sd": SDEncoder, "pixels": Pixels}
 
 
 def build_unet(config):
-    """Stable Diffusion's UNet class without its cross-attention, whose branch is
-    skipped.
-    """
+    """Stable Diffusion's UNet without cross-attention (diffusers skips a None)."""
     unet = UNet2DConditionModel(**config)
     for block in unet.modules():
         if hasattr(block, "attn2"):
@@ -238,9 +226,7 @@ def build_unet(config):
 
 
 def small_unet_config(in_channels, latent_size, channels=48):
-    """The same class, small: three resolutions, self-attention where at most 1,024
-    cells are.
-    """
+    """Config of a small UNet: three levels, self-attention up to 32 x 32 cells."""
     down, up = [], []
     for level in range(3):
         side = latent_size >> level
@@ -254,16 +240,15 @@ def small_unet_config(in_channels, latent_size, channels=48):
         "up_block_types": up,
         "layers_per_block": 1,
         "norm_num_groups": 16,
-        "attention_head_dim": 4,  # diffusers means the number of heads
-        "cross_attention_dim": 8,  # of no consequence
+        "attention_head_dim": 4,  # the number of heads, in spite of the name
+        "cross_attention_dim": 8,  # without effect
     }
 
 
 def grow_conv_in(unet, count, place):
-    """The UNet without cross-attention, with `count` more input channels, from `place`
-    on.
+    """The UNet without cross-attention, and `count` new input channels before `place`.
 
-    Their weights begin at zero, so that the UNet begins as it was.
+    Their weights are zero, so that at first it computes what it did before.
     """
     in_channels = unet.config.in_channels + count
     grown = build_unet({**unet.config, "in_channels": in_channels})
@@ -273,7 +258,7 @@ def grow_conv_in(unet, count, place):
     weights["conv_in.weight"] = torch.cat(
         [old[:, :place], zeros, old[:, place:]], dim=1
     )
-    # cross-attention's weights are left over
+    # strict=False: the weights of cross-attention are not used
     grown.load_state_dict(weights, strict=False)
     return grown
 
@@ -283,7 +268,7 @@ class LDM(nn.Module):
     """The whole model: `forward` is Algorithm 1, `sample` is Algorithm 2.
 
     autoencoder: stage 1; image_encoder: one of IMAGE_ENCODERS; both are frozen.
-    settings: what a checkpoint says (see DEFAULTS).
+    settings: as a checkpoint stores them (see DEFAULTS).
     """
 
     def __init__(self, autoencoder, image_encoder, unet, settings):
@@ -301,13 +286,13 @@ class LDM(nn.Module):
         scheduler = SCHEDULERS[settings["scheduler"]]
         self.ddim = scheduler(settings["beta_start"], settings["beta_end"])
         self.scale = settings["latent_scale"]
-        # of training alone: w_j, and the share of samples with self-conditioning
+        # For training only: w_j, and the share of samples that are self-conditioned.
         self.loss_weights = torch.ones(self.ddim.T)
-        self.self_cond = 1.0
-        self.classifier = None  # of Table 2
+        self.self_cond_share = 1.0
+        self.classifier = None  # Table 2
 
     def train(self, mode=True):
-        """What is frozen stays in evaluation mode."""
+        """Frozen parts stay in evaluation mode."""
         super().train(mode)
         self.autoencoder.eval()
         self.image_encoder.eval()
@@ -325,27 +310,24 @@ class LDM(nn.Module):
 
     def encode_image(self, images):
         """Images (B x 3 x S x S, uint8) -> image_latent (B x c x h x w)."""
-        # Eight at a time: of all that is here, the encoder of Stable Diffusion's VAE
-        # needs most memory.
+        # In parts of eight: nothing here takes more memory than the VAE's encoder.
         latents = []
         for part in images.split(8):
             latents.append(self.image_encoder(part.float() / 127.5 - 1).float())
         return torch.cat(latents)
 
     def condition(self, batch):
-        """What the network is given, of a batch with `image` (B x 3 x S x S, uint8)."""
+        """What the UNet sees of the image: image_latent. batch: see `forward`."""
         return self.encode_image(batch["image"])
 
     def denoise(self, zj, condition, self_cond, j):
-        """The network's estimate at timestep j (int or B), eps in the paper: B x 4 x h
-        x w.
-        """
+        """The UNet output at timestep j (int or B), in the paper eps: B x 4 x h x w."""
         x = torch.cat([zj, condition, self_cond], dim=1)
-        x = x[:, : self.unet.config.in_channels]  # a model may lack self-conditioning
+        x = x[:, : self.unet.config.in_channels]  # no self_cond if trained without
         return self.unet(x, j, encoder_hidden_states=None).sample.float()
 
     def draw(self, ids):
-        """Algorithm 1 draws noise and timesteps: eps (B x 4 x h x w), j (B)."""
+        """Noise and timesteps of Algorithm 1: eps (B x 4 x h x w) and j (B)."""
         b = len(ids)
         side = ids.shape[-1] // self.autoencoder.factor
         eps = torch.randn(b, 4, side, side, device=ids.device)
@@ -355,22 +337,20 @@ class LDM(nn.Module):
     def forward(self, batch, eps, j):
         """Algorithm 1: the loss of eq. 4, a mean over all cells.
 
-        batch: ids (B x S x S, uint8), image (B x 3 x S x S, uint8); eps, j: as from
-        `draw`.
+        batch: ids (B x S x S, uint8), image (B x 3 x S x S, uint8); eps, j: see `draw`.
         """
         with torch.no_grad():
             z = self.encode(batch["ids"])  # encode the target: B x 4 x h x w
             condition = self.condition(batch)  # encode the image: B x c x h x w
             zj = self.ddim.add_noise(z, eps, j)  # eq. 3
 
-            # self-conditioning: a first pass estimates z^0, for all samples or the
-            # first ones
+            # self-conditioning: a first pass estimates z^0 of the first k samples
             self_cond = torch.zeros_like(z)
-            k = math.ceil(self.self_cond * len(z))
+            k = math.ceil(self.self_cond_share * len(z))
             if k > 0:
                 output = self.denoise(zj[:k], condition[:k], self_cond[:k], j[:k])
                 self_cond[:k] = self.ddim.remove_noise(zj[:k], output, j[:k])
-        # Autocast would go on with its copies of the weights, made without gradient.
+        # Drop autocast's cached copies of the weights, which have no gradient.
         torch.clear_autocast_cache()
 
         output = self.denoise(zj, condition, self_cond, j)
@@ -378,16 +358,14 @@ class LDM(nn.Module):
         self.loss_weights = self.loss_weights.to(j.device)  # moves once
         w = self.loss_weights[j].view(-1, 1, 1, 1)  # B x 1 x 1 x 1
         ids = batch["ids"][:, None].float()  # B x 1 x S x S
-        # B x 1 x h x w: no loss on void
-        valid = F.interpolate(ids, size=z.shape[2:]) > 0
-        return (w * error * valid).mean()
+        valid = F.interpolate(ids, size=z.shape[2:]) > 0  # B x 1 x h x w (top left)
+        return (w * error * valid).mean()  # void has no loss, but counts in the mean
 
     @torch.no_grad()
     def sample(self, condition, noise, steps, trace=None):
-        """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to the latent of a
-        segmentation.
+        """Algorithm 2: DDIM from pure noise (B x 4 x h x w) to an estimate of z.
 
-        trace: a list that receives the estimate of z^0 after each step.
+        condition: from `condition`; trace: a list to collect all steps' estimates.
         """
         z = noise
         self_cond = torch.zeros_like(noise)
@@ -403,16 +381,15 @@ class LDM(nn.Module):
 
 # -------------------------------------------------------------- sampling and evaluation
 def batch_of(model, samples):
-    """What `LDM.condition` takes, of samples with `image` (H x W x 3, uint8, of any
-    size).
-    """
+    """Samples (image: H x W x 3, uint8) -> the batch that `LDM.condition` takes."""
     images = [data.resize_image(s["image"], model.settings["size"]) for s in samples]
     return {"image": torch.stack(images).to(model.unet.device)}  # B x 3 x S x S
 
 
 def noise_of(model, samples, seed):
-    """Two noises (B x 4 x h x w each), which belong to the seed and each sample's
-    image_id: a picture's do not depend on the batch that it is in.
+    """Two noises, B x 4 x h x w each: Algorithm 2's (or 3's), and Algorithm 3's eps0.
+
+    They follow from the seed and a sample's image_id, not from the rest of its batch.
     """
     side = model.settings["size"] // model.autoencoder.factor
     noises = []
@@ -424,32 +401,32 @@ def noise_of(model, samples, seed):
 
 
 def to_ids(model, logits, height, width):
-    """Logits (N x h x w) -> ids (height x width, int32) and their probability
-    (float32).
-    """
+    """Logits (N x h x w) -> ids (height x width, int32) and their probability."""
     if model.settings["postprocess"] != "paper":  # beyond the paper
         return POSTPROCESS[model.settings["postprocess"]](model, logits, height, width)
     return ae.likeliest(logits, height, width)
 
 
 def sample_maps(model, samples, steps, seed):
-    """Algorithm 2 on samples (image: H x W x 3): of each its ids and their
-    probability.
-    """
+    """Algorithm 2 on samples (image: H x W x 3): (ids, probability) for each."""
     condition = model.condition(batch_of(model, samples))
     noise, _ = noise_of(model, samples, seed)
     logits = model.decode(model.sample(condition, noise, steps))  # B x N x 4h x 4w
-    return [to_ids(model, l, *s["image"].shape[:2]) for l, s in zip(logits, samples)]
+    found = []
+    for own, s in zip(logits, samples):
+        found.append(to_ids(model, own, *s["image"].shape[:2]))
+    return found
 
 
 @torch.no_grad()
 def evaluate(model, held_out, sample_batch, batch_size):
-    """Figures in percent over a HeldOut, and pictures of some.
+    """Figures in percent over held-out samples, and rows of pictures.
 
-    sample_batch: a function of a list of samples that gives ids and probability of
-    each, as `sample_maps` does. With a classifier of the same categories also PQ with
-    classes (Table 2).
+    sample_batch: a function of a list of samples that returns (ids, probability) for
+    each, as `sample_maps` does. With a classifier of the source's categories the
+    figures include PQ with classes (Table 2).
     """
+    was_training = model.training
     model.eval()
     score = pq.Score()
     classes = ClassScore(model, held_out.source.categories)
@@ -461,15 +438,13 @@ def evaluate(model, held_out, sample_batch, batch_size):
             classes.update(s, found)
             if len(rows) < data.PICTURES:
                 rows.append(data.comparison(s, ids, found))
-    model.train()
+    model.train(was_training)
     return {"images": len(held_out), **score.result(), **classes.result()}, rows
 
 
 # ----------------------------------------------------------------------------- training
 def new_model(args):
-    """The model that a training begins with: that of --ckpt, or a new one on stage
-    1.
-    """
+    """The model to train: that of --ckpt, or a new one on top of stage 1."""
     path = args.start()
     if read_checkpoint(path)["kind"] == "ldm":
         return load_model(path)
@@ -501,9 +476,9 @@ def prepare(model, args, source):
     model.settings.update(data.settings_of(args))
     model.loss_weights = model.ddim.loss_weights(args.loss_weight)
     self_conditioned = model.unet.config.in_channels > 4 + model.condition_channels
-    model.self_cond = args.self_cond if self_conditioned else 0
+    model.self_cond_share = args.self_cond_share if self_conditioned else 0
     if args.model != "small":
-        model.unet.time_embedding.requires_grad_(False)  # the authors freeze it
+        model.unet.time_embedding.requires_grad_(False)  # as the authors do
         model.unet.enable_gradient_checkpointing()
     if source.background_id is not None:  # beyond the paper: instances are in one piece
         model.settings["postprocess"] = "connected"
@@ -517,9 +492,7 @@ def prepare(model, args, source):
 
 
 def decay_groups(network):
-    """The trained parameters in two groups for AdamW: norm layers do not decay
-    (authors).
-    """
+    """Trained parameters in two groups for AdamW: no decay of norm layers (authors)."""
     norms, others = [], []
     for module in network.modules():
         is_norm = isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm2d))
@@ -535,8 +508,7 @@ def main(argv=None):
     device, precision = data.setup(args)
     torch.backends.cudnn.benchmark = True  # shapes stay the same
     mixed = data.autocast(device, precision)
-    # fp16 samples masks equal to fp32's, bf16 slightly worse ones
-    sampling = data.autocast(device, "fp16" if device.type == "cuda" else "fp32")
+    sampling = data.sampling_autocast(device)
 
     # model
     train_source = data.open_split(args, args.train_split)
@@ -549,7 +521,7 @@ def main(argv=None):
     prepare(model, args, train_source)
     prepare_classifier(model, args, train_source)  # Table 2
     model.to(device, memory_format=torch.channels_last).train()
-    network = model.classifier if args.classes else model  # what is trained
+    network = model.classifier if args.classes else model  # the part to train
     ddp = data.distributed(network)
 
     # data
@@ -594,9 +566,9 @@ def main(argv=None):
                         model, batch, eps=eps, j=j, passes=args.distill
                     )
 
-            # Gradients of micro-batches add up in each process; the last one's
-            # backward() exchanges the sums. Exchanging each would cost the network's
-            # size every time.
+            # Gradients accumulate in each process over its micro-batches. DDP averages
+            # them over processes in the last backward() only: each exchange transfers
+            # as many numbers as the network has weights.
             exchange = piece == pieces - 1 or data.WORLD == 1
             with contextlib.nullcontext() if exchange else ddp.no_sync():
                 with mixed:
@@ -604,7 +576,7 @@ def main(argv=None):
                 scaler.scale(piece_loss).backward()
             loss = loss + piece_loss.detach()
 
-        # a step down the gradient, unless it has overflowed
+        # optimiser step, skipped if the gradient has overflowed
         lr = data.learning_rate(it, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -616,13 +588,13 @@ def main(argv=None):
         optimizer.zero_grad()
         average.update(it)
 
-        # once in a while
+        # now and then log, save and evaluate
         done = it + 1
         if run.time_to_log(done):
             loss = data.mean_over_processes(loss)
             run.log(done, loss=loss, grad_norm=grad_norm, lr=lr)
         if run.time_to_save(done):
-            # Save first: then an evaluation that fails costs nothing.
+            # save first, so that a failing evaluation loses nothing
             run.save(done, model.settings)
             with average.in_place(), sampling:
                 figures, rows = evaluate(
@@ -630,14 +602,14 @@ def main(argv=None):
                 )
             run.log(done, val_pq=figures["pq"])
 
-    if not run.left:  # nothing was to be trained
-        with sampling:
+    if not run.left:  # --iters 0, or --resume of a finished run
+        with average.in_place(), sampling:
             figures, rows = evaluate(model, held_out, sample_batch, args.micro_batch)
     run.report(figures, rows, data.COMPARISON)
 
 
 # ------------------------------------------------- checkpoints of this stage, read back
-# What a checkpoint says, and what it means if it does not.
+# The settings of a checkpoint, with the values to assume where it lacks one.
 DEFAULTS = {
     "model": "sd",
     "data": "data/coco",
@@ -661,7 +633,8 @@ DEFAULTS = {
 def read_checkpoint(path):
     """A checkpoint of either stage: {kind: "ae" or "ldm", settings, weights}.
 
-    The authors' files are read as if they were ours. Raises BadInput.
+    The authors' are read as if they were ours (of stage 1 the kind alone). Raises
+    BadInput.
     """
     content = data.load(path)
     if content["kind"] == "release_ldm":  # beyond the paper
@@ -672,7 +645,7 @@ def read_checkpoint(path):
 
 
 def load_model(path, **changes):
-    """The LDM of a checkpoint, ours or the authors', with some settings changed.
+    """The LDM in a checkpoint, ours or the authors'; `changes` override its settings.
 
     Raises BadInput.
     """
@@ -706,8 +679,7 @@ def load_model(path, **changes):
 
 # ------------------------------------------------------- labels for the masks (Table 2)
 class Classifier(nn.Module):
-    """Labels each latent cell: DeepLabv3's head on a ResNet-50, or, for small, four
-    layers.
+    """Labels coarse cells: DeepLabv3's head on a ResNet-50 (small: on four layers).
 
     `forward` is the training loss. categories: list of {id, name, isthing}.
     """
@@ -722,8 +694,7 @@ class Classifier(nn.Module):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         if model == "small":
-            # convolution, batch norm, ReLU
-            layer = torchvision.ops.Conv2dNormActivation
+            layer = torchvision.ops.Conv2dNormActivation  # with batch norm and ReLU
             self.backbone = nn.Sequential(
                 *layer(3, 32, stride=2),
                 *layer(32, 64, stride=2),
@@ -740,19 +711,15 @@ class Classifier(nn.Module):
             self.head = network.classifier
 
     def logits(self, images):
-        """Images (B x 3 x H x W, 0..255) -> class logits (B x C x H/8 x W/8; small:
-        H/4).
-        """
+        """Images (B x 3 x H x W, 0..255) -> logits, B x C x H/8 x W/8 (small: H/4)."""
         x = (images / 255 - self.mean) / self.std
         return self.head(self.backbone(x))
 
     def forward(self, batch, eps=None, j=None):
-        """Cross-entropy of the cells that have a category; noise and timesteps are not
-        used.
-        """
+        """Cross-entropy over the cells that have a category; eps, j: not used."""
         logits = self.logits(batch["image"])  # B x C x h x w
         ids = batch["ids"][:, None].float()  # B x 1 x S x S
-        ids = F.interpolate(ids, logits.shape[2:])  # of each cell the top left pixel
+        ids = F.interpolate(ids, logits.shape[2:])  # each cell's top-left pixel
         truth = batch["classes"].gather(1, ids.flatten(1).long())  # B x hw, -1 = none
         total = F.cross_entropy(
             logits.flatten(2), truth, ignore_index=-1, reduction="sum"
@@ -761,18 +728,16 @@ class Classifier(nn.Module):
 
 
 def same_categories(some, others):
-    """Whether two lists of categories mean the same: their ids and names, in any
-    order.
-    """
-    return {(c["id"], c["name"]) for c in some} == {
-        (c["id"], c["name"]) for c in others
-    }
+    """Whether two lists of categories have the same ids and names, in any order."""
+    some = {(c["id"], c["name"]) for c in some}
+    others = {(c["id"], c["name"]) for c in others}
+    return some == others
 
 
 def prepare_classifier(model, args, source):
-    """Give the model the classifier that --classes trains, one of the source's categories.
+    """Give the model a classifier of the source's categories for --classes to train.
 
-    One that knows other categories is dropped. Raises BadInput.
+    An old one of other categories is dropped. Raises BadInput.
     """
     old = model.settings.get("categories")
     if old and same_categories(old, source.categories):
@@ -796,14 +761,13 @@ def prepare_classifier(model, args, source):
 def label(model, image, ids, merge=True):
     """Label the segments of ids (H x W) of an image (H x W x 3, uint8).
 
-    A segment gets the category of most of its pixels, and their share as its score.
-    merge: segments of one stuff category become one. Without a classifier every segment
-    is of category 1. Returns ids and segments_info.
+    A segment gets the category of most of its pixels, with their share as the score.
+    merge: the segments of a stuff category become one. Without a classifier, every
+    segment is of category 1. Returns ids and segments_info.
     """
     if model.classifier is None:
         return ids, data.describe(ids)
-    # The classifier sees the picture at the size, or, with crops, at the scale of
-    # training.
+    # The classifier sees a picture at the scale of its training (S x S, or of crops).
     size, crop = model.settings["size"], model.settings["crop"]
     sides = [max(8, round(n * size / (crop or n))) for n in ids.shape]
     x = torch.tensor(image, device=model.unet.device).permute(2, 0, 1)[None].float()
@@ -811,7 +775,7 @@ def label(model, image, ids, merge=True):
     classes, _ = ae.likeliest(model.classifier.logits(x)[0], *ids.shape)  # H x W
 
     categories = model.classifier.categories
-    best = {}  # id -> its category with the most pixels, and their number
+    best = {}  # id -> (the category of most of its pixels, how many)
     for i, k, pixels in pq.overlaps(ids, classes):
         if i != 0 and pixels > best.get(i, (None, 0))[1]:
             best[i] = k, pixels
@@ -828,7 +792,7 @@ def label(model, image, ids, merge=True):
 
 
 class ClassScore:
-    """PQ with classes, if the model has a classifier of the truth's categories."""
+    """PQ with classes, for a model with a classifier of the truth's categories."""
 
     def __init__(self, model, categories):
         own = model.settings.get("categories")
@@ -844,7 +808,7 @@ class ClassScore:
             truth = sample["ids"], sample["segments_info"]
             try:
                 self.quality.update(*truth, *labelled, image=sample["file_name"])
-            except BadInput as error:  # the truth has a category that it does not list
+            except BadInput as error:  # a category of the truth is not in its list
                 data.say_once(f"note: not scored with classes: {error}", anywhere=True)
 
     def result(self):

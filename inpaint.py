@@ -1,22 +1,21 @@
-"""inpaint.py: complete a partial segmentation, keeping its ids (3.3, Algorithm 3; Fig.
-6, 9).
+"""inpaint.py: complete a partial segmentation, keeping its ids (3.3, Algorithm 3).
 
     python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks
     python inpaint.py --click 4                           # one click on each object instead
-    python inpaint.py --drop 0.1 0.3 0.5 0.7 0.9 --block 16 32 64 128     # Fig. 9, right
+    python inpaint.py --drop 0.1 0.3 0.5 0.7 0.9 --block 16 32 64 128   # 4.2, Fig. 9
     python inpaint.py --image photo.jpg --mask part.png   # your own mask (id PNG, 0 = unknown)
 
-Symbols: y the partial id map (0 = unknown), known = scale * E(y), M which latent cells
-count as given (B x 1 x h x w: those of which at least half of the pixels are); the
-others as in diffusion.py. A block is so many pixels of the network's input wide (512
-for the paper's model).
+Symbols: y the partial id map (0 = unknown), known = scale * E(y), M the mask of latent
+cells that count as given, because at least half of their pixels are (B x 1 x h x w);
+the others as in diffusion.py. The side of a block is in pixels of the network's input,
+which is 512 pixels wide for the paper's model.
 
-In Algorithm 3 ids survive because they are content, not an order of outputs: the
-latents of given cells are held, and given pixels are pasted. A segmenter that matches
-its outputs to objects cannot do that. Which segment has which id is decided at high
-noise, however, where held cells say almost nothing. Beyond the paper (`told_maps`), the
-given ids first get names that the noise would choose, and the given part is told to the
-network; then segments get back the given id that they cover most.
+In Algorithm 3 ids are kept because they are what the latent encodes, not positions in a
+list of outputs: the latents of given cells are held, and given pixels are pasted. A
+segmenter that matches its outputs to objects cannot do that. But which segment gets
+which id is decided at high noise, where held cells say almost nothing. Beyond the paper
+(`told_maps`), the given part is an input of the network, too, with ids that suit the
+noise; afterwards each segment gets back the given id that it covers most.
 """
 
 import functools
@@ -24,7 +23,7 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
-import data  # before torch: it sets what PyTorch reads on import
+import data  # before torch: sets a variable that PyTorch reads on import
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,7 @@ from data import BadInput, flag, fraction, natural, nonempty, positive
 # ----------------------------------------------------------------------------- settings
 @dataclass
 class Settings:
-    """What inpaint.py can be told."""
+    """The settings of inpaint.py."""
 
     ckpt: str = flag(
         None,
@@ -52,29 +51,29 @@ class Settings:
     split: str = flag(None, "(default: the checkpoint's validation split)", nonempty)
     limit: int = flag(None, "only so many pictures, the first ones", positive)
     drop: tuple = flag(
-        (0.5,), "share of dropped blocks; several for a table", fraction, nargs="+"
+        (0.5,), "share of blocks to drop; several for a table", fraction, nargs="+"
     )
     block: tuple = flag(
         (8,), "side of a block, px; several for a table", positive, nargs="+"
     )
     click: int = flag(
-        None, "give clicks of this radius on things instead of blocks", positive
+        None, "instead of blocks, give a click of this radius on each thing", positive
     )
     image: str = flag(None, "a picture of yours, with --mask", nonempty)
     mask: str = flag(
         None, "its partial mask: id PNG of the same size, 0 = unknown", nonempty
     )
     paper: bool = flag(
-        False, "of your mask: Algorithm 3 even if the checkpoint can do more", bool
+        False, "with --mask: Algorithm 3 alone, whatever the checkpoint can do", bool
     )
-    steps: int = flag(None, "of sampling (default: as the checkpoint)", positive)
-    seed: int = flag(0, "of the noise and of dropped blocks", natural)
+    steps: int = flag(None, "sampling steps (default: as the checkpoint)", positive)
+    seed: int = flag(0, "of the noise, the random ids and the dropped blocks", natural)
     device: str = flag(
         "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
     )
     out: str = flag("out", "folder to write to", nonempty)
-    precision = "auto"
-    images = None
+    precision = "auto"  # for data.setup
+    images = None  # this and the next one for sample.open_held_out
     keep_crowds = False
     batch_size = 16  # pictures or tiles at a time
 
@@ -82,17 +81,16 @@ class Settings:
 # -------------------------------------------------------------------------- Algorithm 3
 @torch.no_grad()
 def inpaint(model, condition, known, M, noise, steps):
-    """Algorithm 3: sample the latent while given cells are held at their noised known
-    value.
+    """Algorithm 3: sample while given cells are held at their known latent, noised.
 
-    condition: as `LDM.sample` takes it; known: B x 4 x h x w; M: B x 1 x h x w, 1 =
-    given; noise: z^T and eps0, two of B x 4 x h x w.
+    condition: as in `LDM.sample`; known: B x 4 x h x w; M: B x 1 x h x w, 1 = given;
+    noise: (the first z, eps0), B x 4 x h x w each.
     """
     z, eps0 = noise
     self_cond = torch.zeros_like(known)
     for j, j_prev in model.ddim.timesteps(steps):
         known_j = model.ddim.add_noise(known, eps0, j)
-        z = M * known_j + (1 - M) * z  # given cells: noised to j
+        z = M * known_j + (1 - M) * z  # hold given cells, noised to j
         output = model.denoise(z, condition, self_cond, j)
         z0 = model.ddim.remove_noise(z, output, j)
         z0 = M * known + (1 - M) * z0
@@ -102,20 +100,18 @@ def inpaint(model, condition, known, M, noise, steps):
 
 
 def random_names(sample_, num_ids, seed):
-    """A sample's partial map in random ids 1..N-1, as in training, and {given id: its
-    name}.
+    """A sample's partial map in random ids 1..N-1, as in training.
 
-    Of more given segments than there are ids the largest are told.
+    Returns the map and {given id: random id}. The largest segments are kept if there
+    are more than N-1.
     """
     given = sample_["given"]
-    rng = data.stream_of(sample_, seed, 3)
+    rng = data.stream_of(sample_, seed, data.IDS)
     return data.relabel(given, data.describe(given), num_ids=num_ids, rng=rng)
 
 
 def given_cells(model, given):
-    """M: which latent cells of partial maps (B x S x S) count as given: B x 1 x h x
-    w.
-    """
+    """M of partial maps (B x S x S): 1 in cells at least half given, B x 1 x h x w."""
     share = F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor)
     return (share >= 0.5).float()
 
@@ -123,8 +119,8 @@ def given_cells(model, given):
 def complete_maps(model, samples, steps, seed):
     """Algorithm 3 on samples with a partial map `given` (H x W, any ids, 0 = unknown).
 
-    Returns of each a map of ids, in which what has the name of a given segment has its
-    id, and every other segment an id that was not given; and the ids' probability.
+    Returns (ids, probability) for each. Given segments keep their ids; all others get
+    ids that were not given.
     """
     size = model.settings["size"]
     partial, names = [], []
@@ -145,9 +141,9 @@ def complete_maps(model, samples, steps, seed):
 
 
 def restore_names(ids, name_of, given):
-    """A map in random ids -> the given ids, and unused ones for what was not given.
+    """Undo `random_names`: given segments get back their ids, others get unused ones.
 
-    name_of: {given id: its random id}; given: the partial map, which is pasted.
+    name_of: {given id: random id}; given: the partial map, whose pixels are pasted.
     """
     unused = (n for n in itertools.count(1) if n not in name_of)
     id_of = {name: i for i, name in name_of.items()}
@@ -159,12 +155,10 @@ def restore_names(ids, name_of, given):
 
 # --------------------------------------------------------------- dropped blocks, clicks
 def drop_part(sample_, settings, drop, block, seed):
-    """A sample's ids (H x W), of which a share of the blocks becomes unknown (0);
-    3.3.
-    """
+    """Drop blocks of a sample's ids (H x W) with probability `drop`: 0 there (4.2)."""
     ids = without_crowds(sample_)
-    rng = data.stream_of(sample_, seed, 4)
-    # as many pixels as the network sees of the picture, all tiles together
+    rng = data.stream_of(sample_, seed, data.BLOCKS)
+    # blocks are squares at the network's resolution (of all tiles together)
     size, crop = settings["size"], settings["crop"]
     height, width = [round(n * size / (crop or n)) for n in ids.shape]
     kept = data.drop_blocks(max(height, width), drop, block=block, rng=rng)
@@ -173,16 +167,14 @@ def drop_part(sample_, settings, drop, block, seed):
 
 
 def click_part(sample_, radius, stuff):
-    """A click of a radius on each segment of a sample, but for categories in
-    `stuff`.
-    """
+    """One disc of this radius in each segment whose category is not in `stuff`."""
     ids = without_crowds(sample_)
     given = np.zeros_like(ids)
     for s in sample_["segments_info"]:
         pixels = np.argwhere(ids == s["id"])  # P x 2
         if s["category_id"] in stuff or len(pixels) == 0:
             continue
-        # the pixel nearest to the centre, which may itself lie outside
+        # the pixel nearest to the centroid, which may lie outside of the segment
         from_centre = np.linalg.norm(pixels - pixels.mean(0), axis=1)
         middle = pixels[from_centre.argmin()]
         from_middle = np.linalg.norm(pixels - middle, axis=1)
@@ -191,16 +183,14 @@ def click_part(sample_, radius, stuff):
 
 
 def without_crowds(sample_):
-    """A sample's ids, crowds as void."""
+    """A sample's ids with crowds set to void."""
     crowds = [s["id"] for s in sample_["segments_info"] if s["iscrowd"]]
     return np.where(np.isin(sample_["ids"], crowds), 0, sample_["ids"])
 
 
 # --------------------------------------------------------------------------- evaluation
 class IdAccuracy:
-    """The share of pixels that were not given, of segments that were, with the right
-    id.
-    """
+    """How many of the missing pixels of partly given segments get the right id."""
 
     def __init__(self):
         self.right = 0
@@ -213,12 +203,12 @@ class IdAccuracy:
         self.pixels += int(asked.sum())
 
     def result(self):
-        """In percent; None if there is no such pixel."""
+        """The share in percent; None if no pixel is missing."""
         return 100 * self.right / self.pixels if self.pixels else None
 
 
 def methods_of(model, args):
-    """{name: function of samples that completes them}, those that are compared."""
+    """{name: function that completes a list of samples}, the methods to compare."""
     methods = {"Algorithm 3": complete_maps}
     if model.settings["told"]:  # beyond the paper
         methods["given part told"] = told_maps
@@ -234,13 +224,12 @@ def methods_of(model, args):
 
 @torch.no_grad()
 def complete(model, samples, method, steps, seed):
-    """Completed maps (H x W, int32) of samples with `given`, whose pixels and ids are
-    kept.
+    """Complete samples with a part `given`: maps (H x W, int32) with that part kept.
 
-    method: `complete_maps` (Algorithm 3), or one of those below it.
+    method: `complete_maps`, `told_maps`, `renamed_maps` or `input_maps`.
     """
     draw = functools.partial(method, steps=steps, seed=seed)
-    with sample.precision_of(model):
+    with data.sampling_autocast(model.unet.device):
         if model.settings["crop"] and method is not input_maps:  # beyond the paper
             found = complete_in_tiles(model, samples, draw)
         else:
@@ -253,11 +242,9 @@ def complete(model, samples, method, steps, seed):
 
 
 def evaluate(model, held_out, part_of, args):
-    """Complete a held-out set by each method. part_of: a sample -> the part that is
-    given.
+    """Complete a held-out set by each method; part_of: a sample -> its given part.
 
-    Prints a row for each method, PQ, SQ, RQ and id accuracy, in percent. Returns them,
-    and pictures of some.
+    Returns {method: {pq, sq, rq, id_accuracy}}, in percent, and rows of pictures.
     """
     methods = methods_of(model, args)
     scores = {name: pq.Score() for name in methods}
@@ -284,9 +271,7 @@ def evaluate(model, held_out, part_of, args):
 
 
 def run_experiments(model, held_out, args):
-    """The table of every drop rate and block size, or of clicks, and a picture of the
-    last.
-    """
+    """Evaluate every drop rate and block size, or clicks: a table, and a picture."""
     settings = model.settings
     if args.click:
         stuff = [c["id"] for c in held_out.source.categories if not c["isthing"]]
@@ -349,9 +334,7 @@ def complete_file(model, args):
 
 @data.command
 def main(argv=None):
-    """Command line: complete a held-out set of which a part is given, or a user's
-    mask.
-    """
+    """Command line: complete a held-out set given in part, or a mask of the user's."""
     args = Settings(**data.parse(Settings, __doc__, argv))
     if bool(args.image) != bool(args.mask):
         raise BadInput("--image and --mask belong together: give both")

@@ -1,17 +1,16 @@
-"""pq.py: panoptic quality in plain NumPy (Kirillov et al. 2019; the paper's metric,
-4.1).
+"""pq.py: panoptic quality, the paper's metric (4.1; Kirillov et al. 2019), in NumPy.
 
     python pq.py --gt gt.json --pred predictions.json                     # Table 2
     python pq.py --gt gt.json --pred predictions.json --class_agnostic    # Table 1
 
-A predicted and a true segment of the same category match if their IoU is over 0.5,
-which makes the match unique. For each category, and then averaged over the categories
-that occur,
+A predicted and a true segment of the same category match if their IoU is over 0.5; then
+no other segment can match either of them. In each category,
 
     SQ = mean IoU of the matches     RQ = TP / (TP + FP / 2 + FN / 2)     PQ = SQ * RQ
 
-Void and crowds are treated as in COCO's panoptic API. Class-agnostic, every segment is
-of one category, and every crowd is ignored.
+and the figures are averaged over the categories that occur. Void and crowds are treated
+as in COCO's panoptic API. With --class_agnostic all segments are of the same category,
+and all crowds are ignored.
 """
 
 from collections import Counter
@@ -30,11 +29,8 @@ FALSE_POSITIVES, FALSE_NEGATIVES = 2, 3  # columns of `PanopticQuality.sums`
 
 
 def overlaps(a, b):
-    """Which ids of two maps of one shape share pixels: [(id of a, id of b, pixels),
-    ...].
-    """
-    # two ids in one number
-    pairs = a.reshape(-1).astype(np.int64) << 32 | b.reshape(-1)
+    """Pairs of ids in two maps that share pixels: [(id in a, id in b, pixels), ...]."""
+    pairs = (a.reshape(-1).astype(np.int64) << 32) | b.reshape(-1)  # two ids in one
     pairs, pixels = data.count_values(pairs)
     first = pairs >> 32
     second = pairs & 0xFFFFFFFF
@@ -42,7 +38,7 @@ def overlaps(a, b):
 
 
 class PanopticQuality:
-    """Sums up the matches of many images.
+    """Accumulates the matches of many images.
 
     categories: COCO's list of {id, name, isthing}, or None for class-agnostic PQ.
     """
@@ -54,9 +50,7 @@ class PanopticQuality:
         self.sums = np.zeros((len(self.categories), 4))  # sum of IoU, TP, FP, FN
 
     def rows(self, segments, image):
-        """{segment id: row of its category in `sums`}. Raises BadInput about the
-        image.
-        """
+        """{segment id: row of its category in `sums`}; image: for error messages."""
         rows = {}
         for segment in segments:
             category = OBJECT[0]["id"] if self.agnostic else segment["category_id"]
@@ -66,10 +60,10 @@ class PanopticQuality:
         return rows
 
     def excusing(self, crowds):
-        """The ids of the crowds on which a wrong prediction is not counted.
+        """The ids of crowds on which predictions are not counted as wrong.
 
-        Class-agnostic they are all; the panoptic API knows the last one of each
-        category.
+        Class-agnostic: all of them; otherwise, as in the panoptic API, only the last
+        crowd of each category.
         """
         if self.agnostic:
             return {s["id"] for s in crowds}
@@ -91,7 +85,7 @@ class PanopticQuality:
         excusing = self.excusing(crowds)
         crowds = {s["id"] for s in crowds}
 
-        # areas, from the pixels that a true and a predicted id share
+        # areas, added up from the overlaps
         shared = overlaps(gt, pred)
         gt_area, pred_area, on_void = Counter(), Counter(), Counter()
         for true, found, pixels in shared:
@@ -100,8 +94,7 @@ class PanopticQuality:
             if true == VOID:
                 on_void[found] += pixels
 
-        # matches: one category and IoU > 0.5, where void pixels of the truth do not
-        # count
+        # matches: same category and IoU > 0.5; void pixels of the truth do not count
         matched_gt, matched_pred = set(), set()
         ignored = Counter(on_void)
         for true, found, pixels in shared:
@@ -118,8 +111,8 @@ class PanopticQuality:
                 matched_gt.add(true)
                 matched_pred.add(found)
 
-        # what is left is wrong, unless it has no pixel, or most of it is on void or a
-        # crowd
+        # All others are errors, except predictions without pixels or mostly on void or
+        # crowds, and crowds themselves.
         for found, row in pred_row.items():
             excused = 2 * ignored[found] > pred_area[found] or pred_area[found] == 0
             if found not in matched_pred and not excused:
@@ -131,7 +124,7 @@ class PanopticQuality:
     def result(self):
         """Figures over all processes, as fractions, in the panoptic API's layout.
 
-        A group in which no category occurs (n = 0) has None for figures.
+        They are None for a group in which no category occurs (n = 0).
         """
         iou, tp, fp, fn = data.sum_over_processes(self.sums).numpy().T  # C each
         halves = np.maximum(tp + fp / 2 + fn / 2, 0.5)  # 0.5 instead of 0 / 0
@@ -170,9 +163,7 @@ class Score:
         )
 
     def result(self):
-        """{"pq", "sq", "rq"} in percent over all processes; None where there is
-        nothing.
-        """
+        """{"pq", "sq", "rq"} in percent over all processes; None without segments."""
         figures = self.instances.result()  # beyond the paper
         if figures is None:
             figures = self.quality.result()["All"]
@@ -181,7 +172,7 @@ class Score:
 
 
 def percent(figures):
-    """Figures by name in percent, as tables and JSON have them."""
+    """Fractions by name -> percent, for tables and JSON; None stays None."""
     return {name: None if f is None else 100 * f for name, f in figures.items()}
 
 
@@ -227,14 +218,52 @@ def score_files(gt, pred, gt_dir=None, pred_dir=None, class_agnostic=False):
         if image_id in found:
             prediction = data.read_panoptic(*found[image_id], pred_folders, image)
         else:
-            prediction = np.zeros_like(ids), []  # everything is missed
+            prediction = np.zeros_like(ids), []  # every segment is missed
         quality.update(ids, segments, *prediction, image=image)
         return quality.sums
 
     quality = PanopticQuality(categories)
-    with ThreadPool() as pool:  # decoding PNGs does not hold Python's lock
+    with ThreadPool() as pool:  # decoding PNGs releases the GIL
         quality.sums += sum(pool.imap(sums_of, truth))
     return quality.result()
+
+
+@dataclass
+class PQSettings:
+    """The settings of pq.py."""
+
+    gt: str = flag(None, "COCO panoptic JSON of the truth", nonempty)
+    pred: str = flag(None, "COCO panoptic JSON of the prediction", nonempty)
+    gt_dir: str = flag(
+        None, "its PNGs (default: the JSON's path without .json)", nonempty
+    )
+    pred_dir: str = flag(
+        None, "its PNGs (default: the JSON's path without .json)", nonempty
+    )
+    class_agnostic: bool = flag(False, "treat all categories as one", bool)
+    json: str = flag(None, "also write the figures to this file", nonempty)
+
+
+@data.command
+def main(argv=None):
+    """Command line: score two COCO panoptic files, print the table."""
+    args = PQSettings(**data.parse(PQSettings, __doc__, argv))
+    if not args.gt or not args.pred:
+        raise BadInput("both --gt and --pred are needed")
+    result = score_files(
+        args.gt,
+        args.pred,
+        gt_dir=args.gt_dir,
+        pred_dir=args.pred_dir,
+        class_agnostic=args.class_agnostic,
+    )
+    print(line(["", "PQ", "SQ", "RQ", "n"]))
+    for name in ["All"] if args.class_agnostic else ["All", "Things", "Stuff"]:
+        group = result[name]
+        figures = percent({"pq": group["pq"], "sq": group["sq"], "rq": group["rq"]})
+        print(line([name, *figures.values(), group["n"]]))
+    if args.json:
+        data.write(args.json, result)
 
 
 # --------------------------------------------------------------------- beyond the paper
@@ -287,44 +316,6 @@ class Instances:
         del figures["n"]
         rq = figures["rq"]
         return {**figures, "ap50": None if rq is None else rq / (2 - rq)}
-
-
-@dataclass
-class PQSettings:
-    """What pq.py can be told."""
-
-    gt: str = flag(None, "COCO panoptic JSON of the truth", nonempty)
-    pred: str = flag(None, "COCO panoptic JSON of the prediction", nonempty)
-    gt_dir: str = flag(
-        None, "its PNGs (default: the JSON's path without .json)", nonempty
-    )
-    pred_dir: str = flag(
-        None, "its PNGs (default: the JSON's path without .json)", nonempty
-    )
-    class_agnostic: bool = flag(False, "every category counts as one", bool)
-    json: str = flag(None, "also write the figures to this file", nonempty)
-
-
-@data.command
-def main(argv=None):
-    """Command line: score two COCO panoptic files, print the table."""
-    args = PQSettings(**data.parse(PQSettings, __doc__, argv))
-    if not args.gt or not args.pred:
-        raise BadInput("--gt and --pred: give both")
-    result = score_files(
-        args.gt,
-        args.pred,
-        gt_dir=args.gt_dir,
-        pred_dir=args.pred_dir,
-        class_agnostic=args.class_agnostic,
-    )
-    print(line(["", "PQ", "SQ", "RQ", "n"]))
-    for name in ["All"] if args.class_agnostic else ["All", "Things", "Stuff"]:
-        group = result[name]
-        figures = percent({"pq": group["pq"], "sq": group["sq"], "rq": group["rq"]})
-        print(line([name, *figures.values(), group["n"]]))
-    if args.json:
-        data.write(args.json, result)
 
 
 if __name__ == "__main__":

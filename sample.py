@@ -1,5 +1,4 @@
-"""sample.py: from an image to its segments with a trained model (3.2, 4.1; supplement
-B).
+"""sample.py: segment images with a trained model (3.2, 4.1; supplement B).
 
     python sample.py                                    # evaluate: PQ, SQ, RQ
     python sample.py --steps 1 2 5 10 20 50             # over sampling steps (Fig. 9, left)
@@ -23,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import data  # before torch: it sets what PyTorch reads on import
+import data  # before torch: sets a variable that PyTorch reads on import
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -39,7 +38,7 @@ from pq import VOID
 # ----------------------------------------------------------------------------- settings
 @dataclass
 class Settings:
-    """What sample.py can be told."""
+    """The settings of sample.py."""
 
     ckpt: str = flag(
         None,
@@ -50,9 +49,7 @@ class Settings:
         None, "'shapes' or a folder (default: as the checkpoint)", nonempty
     )
     split: str = flag(None, "(default: the checkpoint's validation split)", nonempty)
-    keep_crowds: bool = flag(
-        False, "objects with iscrowd 1 are objects like others", bool
-    )
+    keep_crowds: bool = flag(False, "treat objects with iscrowd 1 like others", bool)
     images: list = flag(
         None,
         "segment these pictures or folders instead of evaluating",
@@ -66,10 +63,8 @@ class Settings:
         positive,
         nargs="+",
     )
-    seeds: list = flag(None, "compare what these seeds give", natural, nargs="+")
-    trajectory: bool = flag(
-        False, "also draw the estimates of z^0 over the steps", bool
-    )
+    seeds: list = flag(None, "compare the segments of these seeds", natural, nargs="+")
+    trajectory: bool = flag(False, "also draw the estimates of z^0, step by step", bool)
     min_area: int = flag(
         None,
         "segments of fewer pixels become void (default: as the checkpoint)",
@@ -81,16 +76,16 @@ class Settings:
         "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
     )
     out: str = flag("out", "folder to write to", nonempty)
-    precision = "auto"
+    precision = "auto"  # for data.setup
 
 
 # --------------------------------------------------------------------- load and segment
 def load(path=None, device="cpu", min_area=None):
-    """The model in a checkpoint of diffusion.py, or of the authors, to sample from.
+    """Load a model for sampling from a checkpoint of diffusion.py or of the authors.
 
-    path: None is checkpoints/ldm.pt, or else the shipped assets/shapes.pt; device: a
-    torch.device, or a name as --device takes it; min_area: see `ae.void_uncertain`,
-    None: as the checkpoint says. Raises BadInput.
+    path: by default checkpoints/ldm.pt, or else the shipped assets/shapes.pt; device: a
+    torch.device, or a name as for --device; min_area: see `ae.void_uncertain`, by
+    default the checkpoint's. Raises BadInput.
     """
     assets = Path(__file__).parent / "assets"
     if path is None:
@@ -108,21 +103,11 @@ def load(path=None, device="cpu", min_area=None):
     return model.to(device, memory_format=torch.channels_last)
 
 
-def precision_of(model):
-    """Sampling's precision: fp16 on a GPU gives the masks of fp32, bf16 slightly worse
-    ones.
-    """
-    device = model.unet.device
-    return data.autocast(device, "fp16" if device.type == "cuda" else "fp32")
-
-
 @torch.no_grad()
 def sample_batch(model, samples, steps, seed, batch_size):
-    """Algorithm 2 on samples (image: H x W x 3): of each its ids and their
-    probability.
-    """
+    """Algorithm 2 on samples (image: H x W x 3): (ids, probability) for each."""
     draw = functools.partial(diffusion.sample_maps, steps=steps, seed=seed)
-    with precision_of(model):
+    with data.sampling_autocast(model.unet.device):
         if model.settings["crop"]:  # beyond the paper
             return list(sample_in_tiles(model, samples, draw, batch_size=batch_size))
         return draw(model, samples)
@@ -131,8 +116,8 @@ def sample_batch(model, samples, steps, seed, batch_size):
 def segment(model, image, steps=None, seed=0, threshold=0.5):
     """Segment one image: a path, a PIL image, or an array (H x W x 3, uint8).
 
-    steps: of sampling, None is the model's usual number; threshold: pixels of a lower
-    probability become void. Returns ids (H x W, int32, 0 = void) and segments_info.
+    steps: of sampling, by default the model's; threshold: pixels of a lower probability
+    become void. Returns ids (H x W, int32, 0 = void) and segments_info.
     """
     if isinstance(image, (str, os.PathLike)):
         array = data.read_image(image)
@@ -149,9 +134,7 @@ def segment(model, image, steps=None, seed=0, threshold=0.5):
 
 # ------------------------------------------------------ evaluation, seeds, trajectory
 def compare_steps(model, held_out, args):
-    """PQ, SQ, RQ by sampling steps (Fig. 9, left): a table, and pictures of the
-    last.
-    """
+    """PQ, SQ, RQ by sampling steps (Fig. 9, left): a table, and a picture."""
     by_steps = {}
     for steps in args.steps:
         draw = functools.partial(
@@ -170,10 +153,10 @@ def compare_steps(model, held_out, args):
 
 
 def ious(a, b):
-    """The IoU of every two segments of two id maps that have pixels in common.
+    """IoUs of segments of two id maps, for all pairs that overlap.
 
-    a, b: integer arrays of one shape, of any ids >= 0; void counts like a segment here.
-    Returns [(id in a, id in b, IoU)], sorted by the two ids; IoUs are above 0.
+    a, b: integer arrays of one shape, ids >= 0; void counts as a segment here. Returns
+    [(id in a, id in b, IoU)], sorted by the ids.
     """
     overlaps = pq.overlaps(a, b)
     area_a = Counter()
@@ -189,18 +172,18 @@ def ious(a, b):
 
 
 def agreement(maps):
-    """How far several id maps of one picture agree at each pixel.
+    """How far several id maps of one picture agree at each pixel: H x W in 0..1.
 
-    maps: two or more H x W integer arrays, 0 = void. Returns H x W floats in 0..1: the
-    mean over all pairs of maps of the IoU of the two segments that the pixel lies in.
-    Void agrees with nothing.
+    maps: two or more H x W integer arrays, 0 = void. A pair of maps agrees at a pixel
+    by the IoU of the two segments that hold it, or by 0 if one of them is void. The
+    result is the mean over all pairs.
     """
     by_pair = []
     for a, b in itertools.combinations(maps, 2):
         values = []
         for id_a, id_b, iou in ious(a, b):
             values.append(0 if VOID in (id_a, id_b) else iou)
-        # two ids as one number; np.unique sorts them as `ious` does
+        # both ids in one number; np.unique sorts pairs in the order of `ious`
         pixels = a.astype(np.int64) << 32 | b
         _, place = np.unique(pixels, return_inverse=True)
         by_pair.append(np.array(values)[place].reshape(a.shape))
@@ -208,14 +191,11 @@ def agreement(maps):
 
 
 def compare_seeds(model, held_out, args):
-    """Fig. 10: how far the segments that several seeds find agree, and pictures of
-    it.
-    """
+    """Fig. 10: how far the segments of several seeds agree; prints it and draws it."""
     means = []
     rows = []
-    for samples in held_out.batches(
-        1
-    ):  # one at a time: all seeds' maps have to be kept
+    # one picture at a time, because the maps of all seeds are kept
+    for samples in held_out.batches(1):
         [s] = samples
         maps = []
         for seed in args.seeds:
@@ -248,17 +228,17 @@ def compare_seeds(model, held_out, args):
 
 @torch.no_grad()
 def draw_trajectory(model, samples, args):
-    """Fig. S4: the estimates of z^0 over the steps, decoded."""
-    if model.settings["crop"]:  # beyond the paper: of each picture the first tile
+    """Fig. S4: draw the decoded estimates of z^0 over the steps."""
+    if model.settings["crop"]:  # beyond the paper: only the first tile of a picture
         tiles = tiles_of(samples, model.settings["crop"])
         samples = [tile for tile in tiles if tile["place"] == (0, 0)]
     noise, _ = diffusion.noise_of(model, samples, args.seed)
     trace = []
-    with precision_of(model):
+    with data.sampling_autocast(model.unet.device):
         condition = model.condition(diffusion.batch_of(model, samples))
         model.sample(condition, noise, args.steps[-1], trace)
     timesteps = model.ddim.timesteps(args.steps[-1])
-    columns = min(len(trace), 8)  # more could not be made out
+    columns = min(len(trace), 8)  # more would be too small to see
     shown = np.linspace(0, len(trace) - 1, columns).round().astype(int).tolist()
     maps = [[] for _ in samples]
     for i in shown:

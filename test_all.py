@@ -1332,7 +1332,7 @@ def test_loss_is_that_of_algorithm_1(tiny):
     eps = torch.randn(2, 4, 8, 8)
     j = torch.tensor([700, 100])
     tiny.loss_weights = tiny.ddim.loss_weights("linear")
-    tiny.self_cond = 0.5
+    tiny.self_cond_share = 0.5
     seen = spy(tiny)
     with torch.no_grad():
         loss = tiny(batch, eps, j)
@@ -2398,7 +2398,7 @@ def same_draws_and_gradients_are_kept():
     torch.randn_like = lambda x: first(*x.shape)
     torch.rand = lambda *size, device=None: first(*size).sigmoid()
     torch.randint = lambda low, high, size, device=None: torch.full(size, 400)
-    diffusion.SMALL["self_cond"] = 1.0  # all samples: half of each piece is not half
+    diffusion.SMALL["self_cond_share"] = 1.0  # all samples: half of each piece is not half
 
     clip = torch.nn.utils.clip_grad_norm_
     steps = []
@@ -2571,7 +2571,7 @@ def test_the_paper_model_is_built_from_untrained_twins():
                 model = diffusion.new_model(args)
     assert model.unet.config.in_channels == 12  # z^j, image_latent, self_cond
     model = diffusion.prepare(model, args, data.Shapes("v"))
-    assert model.self_cond == 1.0
+    assert model.self_cond_share == 1.0
     assert not any(p.requires_grad for p in model.unet.time_embedding.parameters())
     batch = {"ids": torch.ones(2, 32, 32).byte()}
     batch["image"] = torch.zeros(2, 3, 32, 32).byte()
@@ -3405,7 +3405,7 @@ def bench_stage2(device, batch):
     autoencoder = ae.Autoencoder(16, factor=4, width=64)
     model = diffusion.LDM(autoencoder, diffusion.Pixels(4), unet, settings)
     model.to(device, memory_format=torch.channels_last)
-    model.self_cond = 0.5
+    model.self_cond_share = 0.5
     with torch.no_grad():
         z = model.encode(batch["ids"])
         condition = model.condition(batch)
