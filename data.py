@@ -1976,7 +1976,8 @@ def perfect_network(source, size, num_ids, crop=0, factor=8, limit=256):
     )
     iou, area, pixels = trips.T
     min_area = None
-    least = np.minimum(512, pixels / 512)  # supplement B, see `ae.paper_min_area`
+    # supplement B, see `ae.paper_min_area`
+    least = np.round(np.minimum(512, pixels / 512))
     if source.background_id is not None:
         found = np.sort(area[iou > 0.5])
         min_area = int(min(512, found[len(found) // 100])) if len(found) else 1

@@ -60,6 +60,9 @@ SCRIPTS = {module.__name__: module for module in MODULES}
 # small, here, so that it holds in the processes that tests start, too.
 ae.SMALL.update(width=32, eval_images=3, save_every=2)
 diffusion.SMALL.update(eval_images=3, save_every=2, steps=2)
+diffusion.small_unet_config = functools.partial(
+    diffusion.small_unet_config, channels=16
+)
 TINY = "--batch_size 4 --iters 3 --num_workers 0 --device cpu"
 TINY_AE = f"ae {TINY} --model small --data shapes --size 32 --num_ids 8"
 TINY_LDM = f"diffusion {TINY}"
@@ -384,7 +387,8 @@ def test_a_crop_is_a_part_of_the_picture_and_repeats_its_edge_beyond_it():
 
 
 def test_evaluation_looks_at_the_same_crops_each_time():
-    held_out = data.HeldOut(data.Shapes("v", 48), limit=3, crop=16)
+    held_out = data.HeldOut(data.Crops(data.Shapes("v", 48), 16), limit=3)
+    assert len(held_out) == 3
     for first, second in zip(held_out, held_out, strict=True):
         assert first["ids"].shape == (16, 16)
         assert np.array_equal(first["ids"], second["ids"])
@@ -432,8 +436,8 @@ def test_relabel_equals_a_lookup_of_each_pixel(capsys):
 def test_processes_share_the_batch_in_pieces(monkeypatch):
     """An iteration sees the same samples with any number of processes and pieces."""
     training = data.Training(data.Shapes("train", 16), size=16, num_ids=8)
-    args = Namespace(batch_size=8, num_workers=0)
-    loaded = Namespace(batch_size=8, num_workers=1)
+    args = Namespace(batch_size=8, num_workers=0, device="cpu")
+    loaded = Namespace(batch_size=8, num_workers=1, device="cpu")
     [whole] = data.training_batches(training, [5], loaded)
     parts = []
     monkeypatch.setattr(data, "WORLD", 2)
@@ -471,6 +475,783 @@ def test_samples_are_loaded_by_the_processors_that_this_process_may_use(monkeypa
     assert data.default_workers() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     assert data.default_workers() == 8
+
+
+# ------------------------------------------------------------------- reading pictures
+def test_pictures_of_every_mode_are_read_and_transparency_is_white():
+    ramp = Image.linear_gradient("L")
+    modes = ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1", "I;16", "I", "F"]
+    for mode in modes:
+        ramp.convert(mode).save("x.tif")
+        array = data.read_image("x.tif")
+        assert array.shape == (256, 256, 3), mode
+        assert array.dtype == np.uint8
+        assert array[-1].min() > 200, mode
+        assert array[0].max() < 60, mode
+    ramp.convert("RGB").convert("YCbCr").save("x.jpg")  # as JPEG stores colours
+    assert data.read_image("x.jpg")[-1].min() > 200
+    Image.new("RGBA", (9, 7)).save("x.tif")
+    assert (data.read_image("x.tif") == 255).all()
+
+
+def png_chunk(name, content):
+    """A chunk of a PNG, as bytes."""
+    check = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + check
+
+
+def write_png16(path, array, kind, exif=b""):
+    """Write H x W x C uint16 as a PNG; kind: 2 RGB, 4 grey and alpha, 6 RGBA.
+
+    Pillow cannot write these.
+    """
+    height, width, _ = array.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    chunks = png_chunk(b"IHDR", head)
+    if exif:
+        chunks += png_chunk(b"eXIf", exif)
+    chunks += png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+def write_tiff(path, array, compression=1, planar=1, order="<"):
+    """Write H x W x C numbers as a TIFF; compression: 1 none, 8 deflate.
+
+    planar 2: the colours one after the other. Pillow cannot write these.
+    """
+    height, width, channels = array.shape
+    separate = channels == 3 and planar == 2
+    pixels = array.transpose(2, 0, 1) if planar == 2 else array
+    pixels = pixels.astype(array.dtype.newbyteorder(order)).tobytes()
+    if compression == 8:
+        pixels = zlib.compress(pixels)
+    third = len(pixels) // 3
+    tags = {
+        256: width,
+        257: height,
+        258: (8 * array.itemsize,) * channels,  # bits
+        259: compression,
+        262: 2 if channels == 3 else 1,  # RGB or grey
+        273: (0, third, 2 * third) if separate else (0,),  # where pixels begin
+        277: channels,
+        278: height,  # rows a strip
+        279: (third,) * 3 if separate else len(pixels),  # bytes a strip
+        284: planar,
+    }
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    directory = TiffImagePlugin.ImageFileDirectory_v2(ifh=mark + b"\0\0\0\0")
+    for tag, value in tags.items():
+        directory[tag] = value
+    with open(path, "wb") as file:
+        directory.save(file)
+        file.write(pixels)
+
+
+def looks_like(path, expected):
+    """Whether a picture is read as these values of 0..255, but for rounding."""
+    found = data.read_image(path)
+    return found.shape == (48, 64, 3) and np.abs(found - expected).max() < 2
+
+
+SCENE = np.linspace(0, 1, 3072).reshape(48, 64)
+SPANS = [
+    (0, 327, "u2"),
+    (0, 4095, "u2"),
+    (0, 65535, "u2"),
+    (0, 70_000, "i4"),
+    (0, 1, "f4"),
+    (32768, 1400, "u2"),  # Hounsfield units with an offset
+    (1000, 300, "u2"),
+    (-1000, 1400, "i4"),
+]
+
+
+@pytest.mark.parametrize("low, span, kind", SPANS)
+def test_a_grey_scene_looks_alike_at_any_depth_and_offset(low, span, kind):
+    Image.fromarray((low + span * SCENE).astype(kind)).save("x.tif")
+    assert looks_like("x.tif", 255 * SCENE[..., None])
+
+
+def test_unsigned_numbers_of_32_bits_are_read():
+    """Pillow makes negative numbers of the large ones."""
+    write_tiff("x.tif", (SCENE[..., None] * 4e9).astype(np.uint32))
+    assert looks_like("x.tif", 255 * SCENE[..., None])
+
+
+@pytest.mark.parametrize("most", [1023, 4095, 65535])
+def test_colours_of_16_bits_look_as_with_8(most):
+    """Of these Pillow reads the high byte alone."""
+    colours = np.dstack([SCENE, SCENE**2, SCENE[::-1]])
+    deep = (colours * most).astype(np.uint16)
+    for form in ({}, {"compression": 8}, {"order": ">"}):
+        write_tiff("x.tif", deep, **form)
+        assert looks_like("x.tif", 255 * colours)
+    write_png16("x.png", deep, kind=2)
+    assert looks_like("x.png", 255 * colours)
+    opaque = np.full((48, 64, 1), 65535)
+    write_png16("x.png", np.dstack([deep, opaque]), kind=6)
+    assert looks_like("x.png", 255 * colours)
+    write_png16("x.png", np.dstack([deep[..., :1], opaque]), kind=4)
+    assert looks_like("x.png", 255 * SCENE[..., None])
+
+
+def test_deep_colour_is_turned_and_separate_planes_are_refused():
+    deep = pixels_of(1).astype(np.uint16) << 8
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_png16("x.png", deep, kind=2, exif=exif.tobytes()[6:])
+    assert data.read_image("x.png").shape == (64, 48, 3)
+    assert data.read_image("x.png", (64, 48)).shape == (48, 64, 3)
+    write_tiff("x.tif", deep, planar=2)
+    with bad_input("x.tif: is a TIFF of separate planes"):
+        data.read_image("x.tif")
+    write_tiff("x.tif", pixels_of(1), planar=2)
+    assert np.array_equal(data.read_image("x.tif"), pixels_of(1))
+
+
+def test_hot_pixels_do_not_darken_a_deep_picture_and_nan_is_dark():
+    ramp = np.linspace(0, 1, 90_000, dtype=np.float32).reshape(300, 300)
+    broken = ramp.copy()
+    broken[7, 3:6] = (1000, np.inf, np.nan)
+    found = data.stretch(broken)
+    assert found[7, 3:6].tolist() == [255, 255, 0]
+    found[7, 3:6] = 255 * ramp[7, 3:6]
+    assert np.abs(found - 255 * ramp).max() < 2
+    assert not data.stretch(np.full((4, 4), np.nan)).any()
+    spot = np.where(np.arange(40_000) == 9, 5.0, 1.0)
+    assert np.flatnonzero(data.stretch(spot)).tolist() == [9]
+
+
+def test_what_people_leave_in_a_file_does_not_hide_its_picture(capsys):
+    """Alpha that is 0 everywhere, a workflow of 2 MB, an empty first page."""
+    pixels = pixels_of(1)
+    hidden = np.dstack([pixels, np.zeros((48, 64), np.uint8)])
+    Image.fromarray(hidden).save("alpha.png")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 2_000_000, zip=True)
+    Image.fromarray(pixels).save("text.png", pnginfo=text)
+    pages = [Image.fromarray(page) for page in (0 * pixels, pixels, pixels[:9])]
+    pages[0].save("pages.tif", save_all=True, append_images=pages[1:])
+    for name in ("alpha.png", "text.png", "pages.tif"):
+        assert np.array_equal(data.read_image(name), pixels), name
+    assert "page 1 is empty, page 2 is read" in capsys.readouterr().err
+    pages[0].save("pages.tif", save_all=True, append_images=pages[:1])
+    assert not data.read_image("pages.tif").any()
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_a_picture_is_turned_as_its_exif_and_its_annotation_say(tmp_path, kind):
+    """EXIF rotation is applied unless only the unrotated picture has the right size."""
+    write_coco(tmp_path, kind)
+    for orientation, quarters in ((3, 2), (6, 1), (8, 3)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored = np.rot90(pixels_of(1), quarters)
+        Image.fromarray(stored).save("val/1.png", exif=exif)
+        found = data.open_data(tmp_path, "val")[0]["image"]
+        assert np.array_equal(found, pixels_of(1))
+        if quarters != 2:
+            assert np.array_equal(data.read_image("val/1.png", (48, 64)), stored)
+
+
+def test_id_pngs_of_every_mode_are_read():
+    small = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    large = small + np.int32(70_000)
+    data.write_id_png("x.png", large)
+    rgb = Image.open("x.png")
+    assert np.array_equal(np.asarray(rgb) @ [1, 256, 65536], large)
+    images = [(large, rgb.convert("RGBA")), (large, Image.fromarray(large))]
+    for mode in ("L", "LA", "I;16", "F"):
+        images.append((small, Image.fromarray(small).convert(mode)))
+    for ids, image in images:
+        image.save("x.tif")
+        assert np.array_equal(data.read_id_png("x.tif"), ids), image.mode
+
+
+def test_ids_are_whole_numbers_of_three_bytes():
+    small = np.arange(12, dtype=np.int32).reshape(3, 4)
+    large = small + 70_000
+    broken = [large << 8, -large, np.float32(small + 0.5), np.float32(small * np.nan)]
+    for ids in broken:
+        Image.fromarray(ids).save("x.tif")
+        with bad_input("x.tif"):
+            data.read_id_png("x.tif")
+    write_png16("x.png", np.ones((3, 4, 3), np.uint16), kind=2)
+    with bad_input("x.png: has colours of 16 bits"):
+        data.read_id_png("x.png")
+
+
+def test_the_colours_of_a_palette_are_ids_if_all_are_listed():
+    palette = Image.new("P", (4, 3), 1)
+    palette.putpalette([7, 0, 0, 9, 0, 0])
+    palette.save("x.png")
+    for listed, i in (([9], 9), ([1], 1), ([1, 9], 9), ((), 1)):
+        assert (data.read_id_png("x.png", listed) == i).all(), listed
+
+
+READERS = [data.read_image, data.read_id_png]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_bombs_broken_files_and_other_formats_are_refused_by_name(reader):
+    side = struct.pack(">I", 60_000)
+    head = png_chunk(b"IHDR", side + side + b"\x08\2\0\0\0")
+    bomb = b"\x89PNG\r\n\x1a\n" + head + b"\0\0\0\0IDAT"
+    xbm = b"#define x_width 8\n#define x_height 1\nstatic char x_bits[] = {\n0x00};"
+    for content, word in ((bomb, "Bomb"), (xbm, "not a"), (b"", "not a")):
+        Path("x.jpg").write_bytes(content)
+        with bad_input(f"x.jpg: .*{word}"):
+            reader("x.jpg")
+
+
+@pytest.mark.parametrize(
+    "reader", [*READERS, functools.partial(data.read_coco, panoptic=True)]
+)
+def test_only_regular_files_are_read(tmp_path, reader):
+    """A pipe or a device might never end."""
+    os.mkfifo("pipe.png")
+    for path in ("pipe.png", "/dev/zero", tmp_path):
+        with bad_input(f"^{path}: is not a regular file"):
+            reader(path)
+    with bad_input("absent.png: no such"):
+        reader("absent.png")
+
+
+def check_mask(image, form="PNG"):
+    """Save a mask as people do, and check it."""
+    image.save("mask.png", form)
+    data.check_mask("mask.png", data.read_id_png("mask.png"))
+
+
+def test_a_picture_of_a_mask_is_no_mask():
+    """JPEG and soft edges invent ids; white paper is an id like any other."""
+    big = np.zeros((512, 512, 3), np.uint8)
+    y, x = np.mgrid[:512, :512]
+    big[np.hypot(y - 150, x - 150) < 40] = (255, 0, 0)
+    big[np.hypot(y - 360, x - 340) < 40] = (0, 0, 255)
+    big = Image.fromarray(big)
+    hard = big.resize((64, 64), Image.NEAREST)
+    soft = big.resize((64, 64), Image.LANCZOS)
+    check_mask(hard)
+    check_mask(hard.convert("P"))
+    thin_strokes = np.diag(np.arange(16, dtype=np.uint8))
+    check_mask(Image.fromarray(thin_strokes))
+    for image, form in ((soft, "PNG"), (soft.convert("L"), "PNG"), (hard, "JPEG")):
+        with bad_input("mask.png: .* ids cover no square of 2 x 2 pixels"):
+            check_mask(image, form)
+    paper = np.asarray(hard).copy()
+    paper[(paper == 0).all(2)] = 255
+    with bad_input("mask.png: white is an id"):
+        check_mask(Image.fromarray(paper))
+
+
+# -------------------------------------------------------------- folders in COCO layout
+# Each: a text of the JSON | what people have there | a file or folder | where it lies
+LAYOUTS = [
+    '{"images" | {"images" | val | images/val',
+    '{"images" | \ufeff{"images" | val | val',
+    '"image_id": 1 | "image_id": "1" | annotations/panoptic_val | panoptic_val',
+    r'"1.png", "width" | "x\\1.png", "width" | val/1.png | val/x/1.png',
+    r'"1.png", "width" | "val\\1.png", "width" | val | val',
+    # Cityscapes
+    '"1.png", "width" | "a_gtFine_b.png", "width" | val/1.png | val/bonn/a_b.png',
+    # Label Studio
+    '"1.png", "width" | "images/0123abcd-a.png", "width" | val/1.png | val/a.png',
+    '"1.png", "width" | "/data/upload/5/a.png", "width" | val/1.png | pics/1/a.png',
+    '"1.png", "width" | "../../9.png", "width" | val/1.png | val/x/9.png',
+    f"{SQUARE} | {SQUARE[1:-1]} | val | val",
+]
+
+
+@pytest.mark.parametrize("kind", IDS)
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_a_folder_is_read_as_people_have_it(tmp_path, kind, case):
+    old, new, here, there = case.split(" | ")
+    write_coco(tmp_path, kind, old, new=new)
+    shutil.copytree("val", "images/other")
+    Path(there).parent.mkdir(exist_ok=True, parents=True)
+    Path(here).rename(there)
+    if there.startswith("pics"):
+        Path("val").rmdir()
+    [found] = data.open_data(tmp_path, "val")
+    assert np.array_equal(found["image"], pixels_of(1))
+    assert np.array_equal(found["ids"], square(*IDS[kind]))
+    area = {s["id"]: s["area"] for s in found["segments_info"]}
+    inside, outside = IDS[kind]
+    assert area == {inside: 576, outside: 48 * 64 - 576}
+
+
+def test_roboflow_has_its_json_beside_the_pictures(tmp_path):
+    path = write_coco(tmp_path, "instances")
+    path.rename("val/_annotations.coco.json")
+    [found] = data.open_data(tmp_path, "val")
+    assert np.array_equal(found["image"], pixels_of(1))
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_a_sample_holds_plain_numbers_and_stage_1_decodes_no_pictures(tmp_path, kind):
+    write_coco(tmp_path, kind)
+    source = data.open_data(tmp_path, "val", images=False)
+    with mock.patch.object(data, "read_image", side_effect=AssertionError):
+        [found] = source
+    assert found["image"] is None
+    assert found["ids"].dtype == np.int32
+    assert (found["image_id"], found["file_name"]) == (1, "1.png")
+    assert found["faults"] == []
+    assert source.crowds == 0
+    assert not source.endless
+    background = 3 if kind == "instances" else None
+    assert source.background_id == found["background_id"] == background
+    for s in found["segments_info"]:
+        assert s.keys() == {"id", "category_id", "iscrowd", "area"}
+    segments = found["segments_info"]
+    assert json.loads(json.dumps(segments)) == segments
+    for c in source.categories:
+        assert c.keys() == {"id", "name", "isthing"}
+
+
+def test_a_file_is_where_its_path_leads_else_where_its_name_is_unique(tmp_path):
+    root = tmp_path / "data"
+    for name in ("a/1.png", "b/1.png", "c/2.png", ".hidden/7.png", "c/._8.png"):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        (root / name).touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "4.png").touch()
+    (root / "linked").symlink_to(elsewhere)
+    (root / "again").symlink_to(elsewhere)  # the same file: still one
+    (root / "c" / "loop").symlink_to(root)
+    (tmp_path / "3.png").touch()  # outside
+    places = {
+        "a/1.png": "a/1.png",
+        r"b\1.png": "b/1.png",
+        "x/2.png": "c/2.png",
+        r"C:\2.png": "c/2.png",
+        "0123abcd-2.png": "c/2.png",
+    }
+    for name, place in places.items():
+        assert data.find_file(name, [root], "here") == root / place
+    found = data.find_file("4.png", [root], "here")
+    assert found.samefile(elsewhere / "4.png")
+    wrong = ["1.png", "../3.png", str(tmp_path / "3.png"), "", None, "a" * 5000, "\0"]
+    for name in [*wrong, "\ud800", "7.png", "._8.png", "g123abcd-2.png"]:
+        with bad_input(f"^here: .* leads to (0|2) files below {root}"):
+            data.find_file(name, [root], "here")
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_a_missing_picture_is_neither_another_splits_nor_a_mask(tmp_path, kind):
+    write_coco(tmp_path, kind)
+    Path("val/1.png").rename("val/2.png")
+    Image.fromarray(pixels_of(2)).save("1.jpg")
+    os.mkdir("train")
+    Image.fromarray(pixels_of(2)).save("train/1.png")
+    with bad_input(
+        "image 1: '1.png' leads to 0 files below .*val.* none from .*images"
+    ):
+        data.open_data(tmp_path, "val")[0]
+    shutil.rmtree("train")
+    shutil.rmtree("val")
+    with bad_input("image 1: '1.png' leads to 0 files below"):
+        data.open_data(tmp_path, "val")[0]
+
+
+def test_a_split_that_is_not_there_is_said_beside_those_that_are(tmp_path):
+    write_coco(tmp_path)
+    searched = "no annotations/instances_train.json or train/_annotations.coco.json; "
+    there = "the JSONs there are annotations/panoptic_val.json; .*--train"
+    with bad_input(searched + there):
+        data.open_data(tmp_path, "train")
+    with bad_input("nowhere: no .*--model small --data shapes"):
+        data.open_data("nowhere", "train")
+
+
+def test_masks_equal_pycocotools():
+    for density in (0, 0.02, 0.5, 1):
+        mask = np.random.default_rng(0).random((64, 50)) < density
+        text = coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()
+        for counts in (text, data.rle_counts(text.encode())):
+            outline = {"size": [64, 50], "counts": counts}
+            runs = data.outline_runs(outline, height=64, width=50)
+            inside = np.repeat(np.arange(len(runs)) % 2, runs)
+            assert np.array_equal(inside, mask.T.ravel())
+
+
+BAD_OUTLINES = """null [] [[]] [[8,8,20,20]] 5 "x" [["a","a","a","a","a","a"]]
+[[1e9,1,1,1,1,9]] {} [[NaN,1,1,1,1,9]] {"size":[48,64]}
+{"size":[48,64],"counts":"~~~"} {"counts":[3072]}
+{"size":[64,48],"counts":[3072]} {"size":[48,64],"counts":[3071]}
+{"size":[48,64],"counts":"\u20ac"} {"size":[48,64],"counts":[-1,3073]}
+{"size":[48,64],"counts":"oooooooooo"} {"size":5,"counts":[3072]}"""
+
+
+@pytest.mark.parametrize("outline", BAD_OUTLINES.split())
+def test_an_object_without_a_usable_outline_is_left_out_and_named(
+    tmp_path, capsys, outline
+):
+    broken = '"annotations": [{"id": 9, "image_id": 1, "segmentation": %s}, ' % outline
+    write_coco(tmp_path, "instances", '"annotations": [', new=broken)
+    source = data.open_data(tmp_path, "val")
+    found = data.check(source, size=32, num_ids=16)
+    out, err = capsys.readouterr()
+    assert "1.png: object 9 has no usable outline" in found["faults"][0]
+    assert found["faults"][0] in out
+    assert np.array_equal(source[0]["ids"] == 2, square(1))
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1
+    assert "without a usable outline are left out" in notes[0]
+
+
+def test_a_thousand_objects_are_painted_from_large_to_small_in_little_memory(tmp_path):
+    """Crowds lie beneath all others. A mask of each would take 720 MB."""
+    boxes = np.random.default_rng(0).integers(32, 400, (1000, 4)).tolist()
+    objects = []
+    for x, y, w, h in boxes:
+        rectangle = [x, y, x + w, y, x + w, y + h, x, y + h]
+        o = {"segmentation": [rectangle, *json.loads(SQUARE)], "category_id": x}
+        objects.append({**o, "iscrowd": int(w % 5 == 0)})
+    write_coco(tmp_path, "instances")
+    folder = data.open_data(tmp_path, "val")
+    tracemalloc.start()
+    ids, segments, _ = folder.paint(objects, 900, height=800)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # bytes
+    truth = np.zeros((800, 900), int)
+    for x, y, w, h in sorted(boxes, key=lambda b: (b[2] % 5 > 0, -b[2] * b[3])):
+        truth[y : y + h, x : x + w] = x
+        truth[8:32, 8:32] = x
+    category = {s["id"]: s["category_id"] for s in segments}
+    category[1] = 0  # the background
+    assert np.array_equal(np.vectorize(category.get)(ids), truth)
+
+
+@pytest.mark.parametrize("size", ["0", "null", "64.0"])
+def test_a_picture_tells_its_size_where_the_json_does_not(tmp_path, size):
+    height = 48.0 if size == "64.0" else size
+    new = f'"width": {size}, "height": {height}'
+    write_coco(tmp_path, "instances", '"width": 64, "height": 48', new=new)
+    [found] = data.open_data(tmp_path, "val", images=False)
+    assert np.array_equal(found["ids"], square(2, 1))
+
+
+@pytest.mark.parametrize("width", ["1000000000", "65", "-64", '"64"', "1e99", "NaN"])
+def test_nothing_is_painted_at_a_size_that_the_picture_has_not(tmp_path, width):
+    write_coco(tmp_path, "instances", '"width": 64', new=f'"width": {width}')
+    for images in (True, False):
+        source = data.open_data(tmp_path, "val", images=images)
+        with mock.patch.object(source, "paint", side_effect=AssertionError):
+            with bad_input(r"1.png: is \(64, 48\) pixels, its annotation says"):
+                source[0]
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_crowds_alone_are_said_and_read_as_objects_when_asked(tmp_path, capsys, kind):
+    """CVAT writes each painted mask as a crowd."""
+    new = '"iscrowd": "1", "category_id"'
+    path = write_coco(tmp_path, kind, '"category_id"', new=new)
+    with bad_input("no image has an object that is not a crowd; --keep_crowds"):
+        data.open_data(tmp_path, "val")
+    line = refused(capsys, "data --data . --split val")
+    assert "no image has an object that is not a crowd" in line
+    source = data.open_data(tmp_path, "val", keep_crowds=True)
+    assert source.crowds == 0
+    assert np.array_equal(source[0]["ids"], square(*IDS[kind]))
+    assert not any(s["iscrowd"] for s in source[0]["segments_info"])
+    # one of them becomes an object, or a further one does
+    content = json.loads(path.read_text())
+    annotations = content["annotations"]
+    if kind == "panoptic":
+        annotations[0]["segments_info"][0]["iscrowd"] = 0
+    else:
+        annotations.append({**annotations[0], "iscrowd": 0})
+    path.write_text(json.dumps(content))
+    source = data.open_data(tmp_path, "val")
+    assert source.crowds == 1
+    data.check(source, size=32, num_ids=16)
+    out = capsys.readouterr().out
+    assert "1 objects are crowds (iscrowd 1) and not trained on; --keep_crowds" in out
+
+
+def test_pq_of_crowds_alone_has_no_figures(tmp_path, capsys):
+    new = '"iscrowd": true, "category_id"'
+    path = write_coco(tmp_path, "panoptic", '"category_id"', new=new)
+    _, out, _ = shell(capsys, f"pq --gt {path} --pred {path} --json r.json")
+    assert "All - - - 0 Things - - - 0 Stuff - - - 0" in " ".join(out.split())
+    assert read("r.json")["All"]["pq"] is None
+
+
+def test_pictures_without_objects_count(tmp_path):
+    write_coco(tmp_path, "instances", '"image_id": 2', new='"image_id": 1', count=2)
+    assert (data.open_data(tmp_path, "val")[1]["ids"] == 1).all()
+    write_coco(tmp_path, "instances", '"image_id"', new='"image_id": 7, "x"')
+    with bad_input("no image has an object that is not a crowd$"):
+        data.open_data(tmp_path, "val")
+
+
+ISTHING = [
+    ("null", 1),
+    ('"False"', 0),
+    ("0", 0),
+    ('"0"', 0),
+    ("false", 0),
+    ("true", 1),
+    ('"True"', 1),
+]
+
+
+@pytest.mark.parametrize("value, thing", ISTHING)
+def test_a_category_is_a_thing_unless_it_says_no(tmp_path, value, thing):
+    path = write_coco(tmp_path, "panoptic", '"isthing": 1', new=f'"isthing": {value}')
+    assert data.open_data(tmp_path, "val").categories[0]["isthing"] == thing
+    assert pq.score_files(path, path)["Things"]["n"] == thing
+
+
+# Each: a text of the JSON | what stands there | ids of the categories, the background's
+# last
+CATEGORY_IDS = [
+    '"id": 1, "name": "cat" | "id": 1, "supercategory": "s", "name": "cat" | 1 2 3',
+    '"category_id": 1 | "category_id": 3 | 1 2 3',
+    '"category_id": 1 | "category_id": "1" | 1 2 3',
+    '"category_id": 1 | "category_id": null | 1 2 3',
+    '"category_id": 1 | "x": 3 | 1 2 3',
+    '{"id": 2, "name": "sky", "isthing": 0} | {"id": 0, "name": "sky"} | 1 0 2',
+    '"categories": | "x": | 1',
+]
+
+
+@pytest.mark.parametrize("case", CATEGORY_IDS)
+def test_no_object_has_the_category_of_the_background(tmp_path, case):
+    """An object of a category that is not listed is an object, and a fault."""
+    old, new, ids = case.split(" | ")
+    write_coco(tmp_path, "instances", old, new=new)
+    source = data.open_data(tmp_path, "val")
+    assert [c["id"] for c in source.categories] == [int(i) for i in ids.split()]
+    background, thing = source[0]["segments_info"]
+    assert background["category_id"] == source.background_id
+    assert thing["category_id"] != source.background_id
+    listed = "supercategory" in new or '"id": 0' in new
+    assert thing["category_id"] == (1 if listed else None)
+    faults = data.check(source, size=32, num_ids=16)["faults"]
+    if listed:
+        assert faults == []
+    else:
+        [fault] = faults
+        assert "1 objects are of category" in fault
+        assert "does not list" in fault
+    score = pq.Score()
+    score.update(source[0], source[0]["ids"])
+    assert score.result()["ap50"] == 100
+
+
+def reopened(root, kind, old, new, count=1):
+    """A data folder written anew, with a text of its JSON replaced, and opened."""
+    shutil.rmtree(root / "annotations", ignore_errors=True)
+    write_coco(root, kind, old, new=new, count=count)
+    return data.open_data(root, "val")
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_an_image_id_for_one_file_is_one_picture_and_for_two_is_refused(tmp_path, kind):
+    image = '{"id": 1, "file_name": "1.png", "width": 64, "height": 48}'
+    assert len(reopened(tmp_path, kind, image, f"{image}, {image}")) == 1
+    with bad_input("'1.png' and '2.png' have the same id 1: give each its own"):
+        old, new = '"id": 2, "file_name"', '"id": 1, "file_name"'
+        reopened(tmp_path, kind, old, new, count=2)
+
+
+def test_a_file_in_two_entries_is_one_picture_with_the_objects_of_both(tmp_path):
+    old, new = '"2.png", "width"', '"1.png", "width"'
+    source = reopened(tmp_path, "instances", old, new, count=2)
+    assert len(source) == 1
+    _, _, objects = json.loads(source.items[0])
+    assert len(objects) == 2
+
+
+def test_two_panoptic_annotations_of_an_image_are_refused(tmp_path):
+    """Each is a complete one, so that they cannot be joined."""
+    old, new = '"image_id": 2', '"image_id": "1"'
+    with bad_input("image 1 has two annotations"):
+        reopened(tmp_path, "panoptic", old, new, count=2)
+
+
+def test_a_segment_is_listed_in_one_category(tmp_path):
+    segment = '{"id": 300, "category_id": 2}'
+    again = f"{segment}, {segment}"
+    [found] = reopened(tmp_path, "panoptic", segment, again)
+    assert sorted(s["id"] for s in found["segments_info"]) == [300, 70_000]
+    otherwise = segment + ', {"id": 300, "category_id": 1}'
+    with bad_input("image 1: lists segment 300 in several categories"):
+        reopened(tmp_path, "panoptic", segment, otherwise)[0]
+
+
+def test_a_segment_without_a_pixel_is_left_out(tmp_path):
+    segment = '{"id": 300, "category_id": 2}'
+    more = segment + ', {"id": 5, "category_id": 1}'
+    [found] = reopened(tmp_path, "panoptic", segment, more)
+    assert found["faults"] == ["segment 5 has no pixel"]
+    assert sorted(s["id"] for s in found["segments_info"]) == [300, 70_000]
+
+
+BROKEN = [
+    "1.png: not a readable picture",
+    "'2.png'",
+    "3.png: is (32, 24) pixels, its annotation says (64, 48)",
+    "'4.png'",
+    "5.png holds id 7,",
+    "says (64, 9)",
+    "7.png: segment 70000 has no pixel",
+    "8 images, 7 faults",
+]
+
+
+def test_broken_pictures_are_named_and_the_next_takes_their_place(tmp_path, capsys):
+    folder = write_coco(tmp_path, count=8).parent / "panoptic_val"
+    os.truncate("val/1.png", 500)
+    os.remove("val/2.png")
+    data.write("val/3.png", Image.new("RGB", (32, 24)))
+    os.remove(folder / "4.png")
+    data.write_id_png(folder / "5.png", square(7, 300))
+    data.write_id_png(folder / "6.png", square(300)[:9])
+    data.write_id_png(folder / "7.png", square(0, 300))
+    training = data.Training(data.open_data(tmp_path, "val"), size=16, num_ids=8)
+    assert all(training[n]["ids"].any() for n in range(24))
+    assert capsys.readouterr().err.count("the next picture takes its place") == 6
+    code, out, _ = shell(capsys, "data --check --split val --data .")
+    assert code == 1
+    for words in BROKEN:
+        assert words in out
+    found = read("out/check.json")
+    assert found["images"] == 8
+    assert len(found["faults"]) == 7
+    shutil.rmtree("val")
+    with bad_input("none of the other 7 pictures can be used either"):
+        data.Training(data.open_data(tmp_path, "val"), size=16, num_ids=8)[0]
+
+
+def test_evaluation_leaves_broken_pictures_out_and_ends_if_all_are(tmp_path, capsys):
+    write_coco(tmp_path, count=3)
+    os.remove("val/2.png")
+    held_out = data.HeldOut(data.open_data(tmp_path, "val"))
+    assert [s["image_id"] for s in held_out] == [1, 3]
+    assert "note: left out: " in capsys.readouterr().err
+    assert [len(batch) for batch in held_out.batches(2)] == [2]
+    shutil.rmtree("val")
+    data.files_by_name.cache_clear()
+    with bad_input("none of the 3 pictures can be used"):
+        list(held_out.batches(2))
+    with bad_input("none of the 3 pictures can be used"):
+        held_out.check()
+
+
+def test_data_draws_a_sheet(tmp_path):
+    write_coco(tmp_path, count=2)
+    run("data --data . --split val")
+    run("data --data shapes --out scenes")
+    for path in ("out/data.png", "scenes/data.png"):
+        assert Image.open(path).width > 300
+
+
+# ---------------------------------------------------------- what a training can reach
+class Pieces:
+    """Pictures of 40 x 64 px in random squares, the first of them the background."""
+
+    categories = CATEGORIES
+    unlisted = {}
+    crowds = 0
+    images = False
+
+    def __init__(self, background_id=None):
+        self.background_id = background_id
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng(index)
+        ids = np.ones((40, 64), np.int32)
+        for i in range(2, 30):
+            y, x = rng.integers(0, 56, 2)
+            side = rng.integers(2, 16)
+            ids[y : y + side, x : x + side] = i
+        ids[rng.random(ids.shape) < 0.02] = 0
+        segments = data.describe(ids)
+        segments[0]["category_id"] = 2
+        for s in segments:
+            s["iscrowd"] = int(s["id"] == 5)
+        return {
+            "ids": ids,
+            "segments_info": segments,
+            "image": None,
+            "image_id": index,
+            "file_name": f"{index}.png",
+            "background_id": self.background_id,
+        }
+
+
+@pytest.mark.parametrize("background", [None, 2])
+@pytest.mark.parametrize("crop", [0, 24])
+def test_the_ceiling_is_what_pq_says_of_perfect_logits(background, crop):
+    source = Pieces(background)
+    figures = data.perfect_network(source, size=32, num_ids=16, crop=crop, factor=8)
+    score = pq.Score()
+    for n in range(len(source)):
+        scene = source[n]
+        rng = np.random.default_rng((0, n))
+        if crop:
+            scene = data.crop_sample(scene, crop, rng)
+        ids, _ = data.relabel(scene["ids"], scene["segments_info"], 16, rng)
+        at_size = data.resize_ids(ids, 32, 32)
+        cells = torch.tensor(data.resize_ids(at_size, 16, 16))
+        logits = (cells == torch.arange(16)[:, None, None]).float()
+        found, _ = ae.likeliest(logits, *ids.shape)
+        sure = np.ones(found.shape)
+        score.update(scene, ae.void_uncertain(found, sure, figures["min_area"]))
+    expected = score.result()
+    assert figures["pq"] == pytest.approx(expected["pq"], abs=0.5)
+    assert ("ap50" in figures) == (background is not None)
+    if background is not None:
+        assert figures["ap50"] == pytest.approx(expected["ap50"], abs=0.5)
+    assert 5 < figures["pq"] < 95
+
+
+def test_the_least_area_of_instances_keeps_99_of_100_segments():
+    """Elsewhere it is the paper's."""
+    source = Pieces(background_id=2)
+    trips = data.round_trips(source, size=64, num_ids=64, factor=4)
+    least = data.least_area(source, 64, num_ids=64, factor=4)
+    found = trips[trips[:, 0] > 0.5, 1]
+    assert (found >= least).mean() >= 0.99 > (found > least).mean()
+    assert data.least_area(data.Shapes("v", 64), 64, num_ids=16, factor=4) is None
+
+
+def test_check_tells_what_can_be_reached(capsys, monkeypatch):
+    monkeypatch.setattr(data, "COUNT", 64)
+    found = data.check(data.Shapes("v", 64), size=64, num_ids=16)
+    out = capsys.readouterr().out
+    assert found["pq"] > 90
+    assert "64 images, 0 faults" in out
+    assert "objects a picture: median 3, most 4" in out
+    assert out.splitlines()[-1].startswith("suggestion: --size 64 --num_ids 16 (")
+
+
+def test_a_training_that_cannot_do_well_says_so(capsys):
+    args = Namespace(size=32, crop=0)
+    data.warn_of_ceiling(Pieces(2), args, 4, factor=8)
+    line = "with N = 4 and crops of 0 px a perfect network reaches AP50"
+    assert line in capsys.readouterr().err
+    data.warn_of_ceiling(data.Shapes("v"), Namespace(size=64, crop=0), 16, factor=4)
+    assert not capsys.readouterr().err
+
+
+def test_the_defaults_of_small_are_too_small_for_nuclei():
+    folder = reference("../data/nuclei")
+    source = data.open_data(folder, "train", images=False)
+    small = data.perfect_network(source, 64, num_ids=16, factor=4, limit=48)
+    large = data.perfect_network(source, 128, num_ids=128, factor=4, limit=48)
+    assert small["ap50"] < 65
+    assert large["ap50"] > 93
 
 
 # ------------------------------------------------------------------------------- pq.py
@@ -635,7 +1416,7 @@ DATA | cat | \udcff | panoptic_val.json
 DATA | {"images": | NESTED | panoptic_val.json
 DATA | {"id": 2, | {"x": 2, | panoptic_val.json: not a readable COCO JSON
 PQ | "annotations": [ | "annotations": [7, | panoptic_val.json: not a readable COCO JSON
-PQ | "segments_info": [ | "segments_info": [5, | image 1: not a readable list of segments
+PQ | "segments_info": [ | "segments_info": [5, | 1: not a readable list of segments
 PQ | "segments_info" | "x" | image 1: not a readable list of segments
 PQ | 300 | -300 | image 1 | holds id 300, which the JSON does not list
 PQ | 300 | "300" | image 1: not a readable list of segments
@@ -839,6 +1620,7 @@ def test_a_resumed_run_keeps_its_settings_and_may_change_a_few(trained, stage, m
 
 CONTRADICTIONS = [
     ("ae", "--num_ids 16", "ae.pt"),
+    ("ae", "--vae none", "ae.pt"),
     ("ae", "--encoding rgb", "ae.pt"),
     ("ae", "--model sd", "ae.pt"),
     ("diffusion", "--latent_scale 1", "ldm.pt"),
@@ -869,6 +1651,18 @@ def test_a_setting_of_another_type_is_refused_by_name(tmp_path, trained, capsys)
         rewrite(path, size="64")
         line = refused(capsys, f"{script} --ckpt", path)
         assert "its setting size is '64'" in line
+
+
+@pytest.mark.parametrize("script, stage", [("ae", "ae"), ("diffusion", "ldm")])
+def test_settings_that_this_version_does_not_know_are_refused(
+    tmp_path, trained, capsys, script, stage
+):
+    """A run of a version that had another setting can't be resumed."""
+    for name in (f"{stage}.pt", f"{stage}_state.pt"):
+        shutil.copy(trained / name, tmp_path)
+    rewrite(tmp_path / f"{stage}_state.pt", unheard_of=3)
+    line = refused(capsys, f"{script} --resume --out", tmp_path)
+    assert "unheard_of" in line
 
 
 def test_stage_2_without_stage_1_says_to_run_it(capsys):
@@ -1414,6 +2208,7 @@ def test_what_is_frozen_stays_in_evaluation_mode(tiny):
     """The statistics of a batch norm in an image encoder would go on running."""
     encoder = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
     encoder.config = {}
+    encoder.channels = 3
     settings = tiny.settings
     model = diffusion.LDM(tiny.autoencoder, encoder, tiny.unet, settings)
     model.train()
@@ -1573,7 +2368,7 @@ def test_the_authors_diffusion_checkpoints_give_the_authors_numbers(name):
         latent = model.condition({"image": resized})
         close(latent, ref.image_latent[:1], atol=0.05)  # JPEG decoders differ
         ours = model.condition(diffusion.batch_of(model, [{"image": images[0]}]))
-        assert (ours - latent).abs().mean() < 0.01 * latent.abs().mean()
+        assert (ours - latent).abs().mean() < 0.05 * latent.abs().mean()
         model.sample(ref.image_latent[:1], ref.noise[:1], 10, trace=trace)
         logits = model.decode(trace[-1])[:, :4, ::4, ::4]
     near(trace[0], ref.z0_first[:1])
@@ -1615,7 +2410,12 @@ def test_the_authors_settings_are_honoured_or_refused_by_name(monkeypatch):
 def test_every_script_takes_shipped_weights_and_the_authors(
     tmp_path, photo, monkeypatch, authors
 ):
-    monkeypatch.setattr(data, "COUNT", 2)  # scenes to evaluate on
+    monkeypatch.setattr(data, "COUNT", 1)  # scenes to evaluate on
+    sample_maps = diffusion.sample_maps
+    in_one_step = lambda model, samples, steps, seed: sample_maps(
+        model, samples, steps=1, seed=seed
+    )
+    monkeypatch.setattr(diffusion, "sample_maps", in_one_step)
     ckpt = reference("ldm_official_selfcond.pt") if authors else SHAPES
     base = ["--ckpt", ckpt, "--out", tmp_path]
     run("sample --steps 1 --images", photo, *base)
@@ -2321,7 +3121,7 @@ def test_id_accuracy_by_hand():
 
 # -------------------------------------------------------------------- the trainings
 # Processes of the tests begin as copies of one that has imported everything.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["inpaint"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["test_all"])
 
 
 def child(rank, prepare, command, more, world, port):
@@ -2341,23 +3141,24 @@ def launch(prepare, command, *more, world=1):
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     arguments = (prepare, command, [str(m) for m in more], world, port)
-    torch.multiprocessing.start_processes(
-        child, arguments, world, start_method="forkserver"
-    )
+    with mock.patch.dict(os.environ, PYTHONPATH=str(HERE)):  # where test_all lies
+        torch.multiprocessing.start_processes(
+            child, arguments, world, start_method="forkserver"
+        )
 
 
 def killed_while_it_saves():
-    """SIGKILL when the fourth file is about to take its place: the second state.
+    """SIGKILL when the fifth file is about to take its place: the second state.
 
-    Before it come the empty log, the first state and the first weights.
+    Before it come the empty log, weights and state, and the second weights.
     """
     replace = os.replace
     calls = []
 
     def count(*paths):
-        """os.replace, three times."""
+        """os.replace, four times."""
         calls.append(paths)
-        if len(calls) == 4:
+        if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
 
@@ -2398,7 +3199,9 @@ def same_draws_and_gradients_are_kept():
     torch.randn_like = lambda x: first(*x.shape)
     torch.rand = lambda *size, device=None: first(*size).sigmoid()
     torch.randint = lambda low, high, size, device=None: torch.full(size, 400)
-    diffusion.SMALL["self_cond_share"] = 1.0  # all samples: half of each piece is not half
+    diffusion.SMALL["self_cond_share"] = (
+        1.0  # all samples: half of each piece is not half
+    )
 
     clip = torch.nn.utils.clip_grad_norm_
     steps = []
@@ -2468,16 +3271,18 @@ def test_the_weights_that_are_kept_are_the_average(trained):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_both_stages_learn_in_bf16(tmp_path, trained, stage):
-    command = f"{STAGES[stage]} --iters 120 --lr 0.01 --precision bf16"
-    if stage == "ldm":
+    command = f"{STAGES[stage]} --lr 0.01 --precision bf16 --iters"
+    if stage == "ae":
+        command += " 160"
+    else:
         shutil.copy(trained / "ae.pt", tmp_path)
-        command += " --given 0.5 --augment 0.1"
-    with mock.patch.dict(SCRIPTS[command.split()[0]].SMALL, save_every=119):
+        command += " 60 --given 0.5 --augment 0.1"
+    with mock.patch.dict(SCRIPTS[command.split()[0]].SMALL, save_every=1000):
         run(command, "--out", tmp_path)
     [before] = [e["loss"] for e in read(trained / f"{stage}_log.jsonl") if "loss" in e]
     log = read(tmp_path / f"{stage}_log.jsonl")
     after = [entry["loss"] for entry in log if "loss" in entry]
-    assert np.mean(after[-2:]) < 0.9 * before
+    assert np.mean(after[-3:]) < 0.9 * before
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_end_the_run(capsys, monkeypatch):
@@ -2570,7 +3375,7 @@ def test_the_paper_model_is_built_from_untrained_twins():
             ):
                 model = diffusion.new_model(args)
     assert model.unet.config.in_channels == 12  # z^j, image_latent, self_cond
-    model = diffusion.prepare(model, args, data.Shapes("v"))
+    diffusion.prepare(model, args, data.Shapes("v"))
     assert model.self_cond_share == 1.0
     assert not any(p.requires_grad for p in model.unet.time_embedding.parameters())
     batch = {"ids": torch.ones(2, 32, 32).byte()}
@@ -2843,7 +3648,7 @@ def test_the_shipped_weights_keep_their_figures():
 # ------------------------------------------------------------------------- bad input
 def bad_flags(module):
     """Flags of a script, as it defines them, with values that can't be."""
-    paths = ("data", "ckpt", "images", "image", "mask", "device", "vae")
+    paths = ("data", "ckpt", "images", "image", "mask", "device")
     for field in dataclasses.fields(settings_of(module)):
         kind = field.metadata.get("kind", bool)
         if kind is bool:
@@ -2940,7 +3745,7 @@ def test_the_paper_works_without_what_goes_beyond_it(tiny, monkeypatch):
     assert set(f"{expected} from_release told_maps".split()) <= set(removed)
 
     training = data.Training(data.Shapes("train", 32), size=32, num_ids=8)
-    args = Namespace(batch_size=4, num_workers=0)
+    args = Namespace(batch_size=4, num_workers=0, device="cpu")
     [batch] = data.training_batches(training, [0], args)
 
     autoencoder = ae.Autoencoder(8, factor=4, width=32)
@@ -3329,7 +4134,7 @@ def bench_pq():
 def bench_samples(device):
     """Training samples, beside Pillow's reading and resizing: batches by size."""
     batches = {}
-    args = Namespace(batch_size=16, num_workers=0)
+    args = Namespace(batch_size=16, num_workers=0, device="cpu")
     with tempfile.TemporaryDirectory() as root:
         picture = f"{root}/0.jpg"
         png = f"{root}/0.png"
@@ -3400,7 +4205,7 @@ def bench_stage1(device, ids):
 
 def bench_stage2(device, batch):
     """A step, beside its passes of the UNet, and what sampling consists of."""
-    unet = diffusion.build_unet(diffusion.small_unet_config(56, 16))
+    unet = diffusion.build_unet(diffusion.small_unet_config(56, 16, channels=48))
     settings = {**diffusion.DEFAULTS, "size": 64, "latent_scale": 1.0}
     autoencoder = ae.Autoencoder(16, factor=4, width=64)
     model = diffusion.LDM(autoencoder, diffusion.Pixels(4), unet, settings)
