@@ -62,14 +62,17 @@ class Settings(data.Settings):
     eval_images: int = 256  # the first of val_split; sample.py evaluates them all
 
     stage = "ae"
-    NETWORK = ("num_ids", "encoding", "factor", "width")
+    NETWORK = ("num_ids", "encoding", "factor", "width", "vae")
 
     def stored(self):
         """The checkpoint to start from and its settings, or (None, {})."""
         if not self.ckpt:
             return None, {}
         network, _ = read_autoencoder(self.ckpt)
-        return self.ckpt, {**data.load(self.ckpt)["settings"], **network}
+        stored = {"vae": None, **data.load(self.ckpt)["settings"], **network}
+        if isinstance(stored["vae"], dict):
+            stored["vae"] = "none"  # its config is in the checkpoint
+        return self.ckpt, stored
 
 
 # --model small: 64-pixel scenes with up to 15 ids; trains in minutes
@@ -455,7 +458,7 @@ def build(settings):
     """An untrained Autoencoder or SDAutoencoder of these settings."""
     if "vae" in settings:
         return SDAutoencoder(settings["vae"], settings["num_ids"], settings["encoding"])
-    names = Settings.NETWORK  # older files hold more settings
+    names = ("num_ids", "encoding", "factor", "width")  # older files hold more
     return Autoencoder(**{name: settings[name] for name in names})
 
 

@@ -1201,6 +1201,12 @@ def configure(settings, small, doc, argv):
         start = f"{call.out}/{settings.stage}_state.pt"
         stored = load(start, [f"{settings.stage}_state"])["settings"]
         fixed = {name for name in stored if name not in settings.FREE}
+        unknown = stored.keys() - {f.name for f in dataclasses.fields(settings)}
+        if unknown:
+            raise BadInput(
+                f"{start}: was written by another version of this code, which had the "
+                f"setting {min(unknown)}; begin anew with another --out"
+            )
     else:
         start, stored = call.stored()
         names = (*settings.DATA, *settings.NETWORK)

@@ -929,12 +929,18 @@ def name_by_noise(model, ids, condition, noise, passes):
         scores = (logits @ masks / pixels.clamp(min=1)).T.cpu()  # N old x N new ids
         scores[:, 0] = -torch.inf  # void is no name
         pixels = pixels.cpu()
+        by_size = pixels.argsort(descending=True).tolist()
+        present = [old for old in by_size if old != 0 and pixels[old] > 0]
+        # In a partial map: what the sample shows only where nothing is given needs its
+        # ids itself. They are given away last.
+        elsewhere = logits.argmax(0)[ids[b].flatten() == 0].unique().tolist()
+        likeliest = scores[present].argmax(1).tolist()
+        scores[:, [i for i in elsewhere if i not in likeliest]] -= 1e6
         name = torch.zeros(len(logits), dtype=ids.dtype)
-        for old in pixels.argsort(descending=True).tolist():
-            if old != 0 and pixels[old] > 0:
-                new = int(scores[old].argmax())
-                name[old] = new
-                scores[:, new] = -torch.inf  # taken
+        for old in present:
+            new = int(scores[old].argmax())
+            name[old] = new
+            scores[:, new] = -torch.inf  # taken
         renamed[b] = name.to(ids.device)[ids[b].long()]
     return renamed
 

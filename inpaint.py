@@ -110,10 +110,10 @@ def random_names(sample_, num_ids, seed):
     return data.relabel(given, data.describe(given), num_ids=num_ids, rng=rng)
 
 
-def given_cells(model, given):
-    """M of partial maps (B x S x S): 1 in cells at least half given, B x 1 x h x w."""
-    share = F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor)
-    return (share >= 0.5).float()
+def given_cells(model, given, share=0.5):
+    """M of partial maps (B x S x S): 1 in cells given to this share, B x 1 x h x w."""
+    of_cells = F.avg_pool2d((given > 0).float()[:, None], model.autoencoder.factor)
+    return (of_cells >= share).float()
 
 
 def complete_maps(model, samples, steps, seed):
@@ -374,12 +374,13 @@ def told_maps(model, samples, steps, seed):
         model, given, nothing_told, noise=noise, passes=steps
     )
     told = model.condition({**batch, "given": given})
-    # In training, the noise that chooses the names is also that of the map.
+    # Of a cell with a hole only the network is told: its latent is not that of the whole
+    # map. In training, the noise that chooses the names is also that of the map.
     z0 = inpaint(
         model,
         told,
         known=model.encode(given),
-        M=given_cells(model, given),
+        M=given_cells(model, given, share=1),
         noise=(noise, noise),
         steps=steps,
     )
