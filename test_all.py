@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -2245,15 +2246,20 @@ def test_a_picture_gets_the_same_mask_in_any_batch(tiny):
 def plain_names(logits, ids):
     """`name_by_noise` of a batch at once, from logits B x N x S x S: old id -> new id.
 
-    From the largest to the smallest segment, each takes the likeliest free id.
+    From the largest to the smallest segment, each takes the likeliest free id. What is
+    shown only where nothing is known comes last.
     """
     chances = logits.log_softmax(1)
     maps = []
     for own, y in zip(chances, ids):
         names = {0: 0}
         area = data.areas(y.numpy())
+        means = {i: own[:, y == i].mean(1) for i in area}
+        wanted = {int(scores[1:].argmax()) + 1 for scores in means.values()}
+        elsewhere = set(own.argmax(0)[y == 0].tolist()) - wanted
         for i in sorted(area, key=area.get, reverse=True):
-            scores = own[:, y == i].mean(1)
+            scores = means[i]
+            scores[list(elsewhere)] -= 1e6
             scores[list(names.values())] = -torch.inf
             names[i] = int(scores.argmax())
         maps.append([[names[i] for i in line] for line in y.tolist()])
@@ -2291,6 +2297,19 @@ def test_the_noise_names_a_segment_that_the_sample_merged():
     model = with_logits(mock.Mock(), logits)
     found = diffusion.name_by_noise(model, ids, None, noise=None, passes=1)
     assert found.tolist() == [[[5, 5, 5, 3, 3]]]
+
+
+def test_the_noise_keeps_the_ids_of_what_is_not_given():
+    """A merged part of a partial map does not take the id that the rest needs."""
+    ids = torch.tensor([[1, 1, 1, 2, 2, 0, 0]])[None].byte()
+    logits = torch.zeros(1, 8, 1, 7)
+    logits[:, 5, :, :5] = 9  # where 1 and 2 are given the sample shows 5,
+    logits[:, 3, :, 5:] = 9  # elsewhere 3,
+    logits[:, 3, :, 3:5] = 6  # which comes next where 2 is, before 6
+    logits[:, 6, :, 3:5] = 4
+    model = with_logits(mock.Mock(), logits)
+    found = diffusion.name_by_noise(model, ids, None, noise=None, passes=1)
+    assert found.tolist() == [[[5, 5, 5, 6, 6, 0, 0]]]
 
 
 def test_few_passes_shows_pure_noise_and_renames_what_is_given(tiny):
@@ -2430,6 +2449,94 @@ def test_every_script_takes_shipped_weights_and_the_authors(
     run("diffusion --data shapes --iters 1 --batch_size 1 --num_workers 0", *base)
     again = sample.load("ldm.pt").settings["postprocess"]
     assert again == ("release" if authors else "paper")
+
+
+# ------------------------------------------------------------- README's recipe as printed
+def readme_blocks():
+    """README's code blocks: lists of lines without their indentation."""
+    blocks = [[]]
+    for line in (HERE / "README.md").read_text().splitlines():
+        if line.startswith("    "):
+            blocks[-1].append(line[4:])
+        elif line.strip():
+            blocks.append([])
+    return [block for block in blocks if block]
+
+
+def readme_split():
+    """The Python program with which README splits an export."""
+    for block in readme_blocks():
+        if "python - <<'END'" in block:
+            begin = block.index("python - <<'END'") + 1
+            return "\n".join(block[begin : block.index("END")])
+
+
+def readme_commands(script, words):
+    """README's commands that call a script and hold all of some words, as lists."""
+    lines = "\n".join("\n".join(block) for block in readme_blocks())
+    lines = lines.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines]
+    found = []
+    for command in commands:
+        if command[:2] == ["python", f"{script}.py"] and set(words) <= set(command):
+            found.append(command[2:])
+    return found
+
+
+def write_export(root, tool, count=12):
+    """An annotation tool's "COCO" export of some pictures, as it lies on the disk."""
+    images = []
+    objects = []
+    for i in range(1, count + 1):
+        name = f"{i}.png"
+        picture = Image.fromarray(pixels_of(i))
+        listed = {"CVAT": name, "Label Studio": f"images/0a1b2c3d-{name}"}.get(
+            tool, name
+        )
+        folder = {"CVAT": "images/default", "Label Studio": "images"}.get(tool, "train")
+        if tool == "Roboflow" and i % 4 == 0:
+            folder = "valid"
+        data.write(root / folder / name, picture)
+        size = {"width": 64, "height": 48}
+        images.append({"id": i, "file_name": listed, "folder": folder, **size})
+        outline = json.loads(SQUARE)
+        objects.append(
+            {"id": i, "image_id": i, "category_id": 1, "segmentation": outline}
+        )
+    content = {"images": images, "annotations": objects, "categories": [{"id": 1}]}
+    if tool == "Roboflow":
+        for split in ("train", "valid"):
+            own = [image for image in images if image["folder"] == split]
+            of_split = {**content, "images": own}
+            data.write(root / split / "_annotations.coco.json", of_split)
+    elif tool == "CVAT":
+        data.write(root / "annotations" / "instances_default.json", content)
+    else:
+        data.write(root / "result.json", content)
+
+
+@pytest.mark.parametrize("tool", ["CVAT", "Label Studio", "Roboflow"])
+def test_readmes_recipe_for_own_data_works_as_printed(tmp_path, monkeypatch, tool):
+    """Export, split, check, both trainings, evaluation; the trainings are tiny."""
+    monkeypatch.chdir(tmp_path)
+    write_export(tmp_path / "mine", tool)
+    val = "valid" if tool == "Roboflow" else "val"
+    if tool != "Roboflow":
+        exec(readme_split(), {})
+    checks = readme_commands("data", ["mine", "--split", "train"])
+    assert len(checks) == 2
+    for command in checks:
+        with contextlib.suppress(SystemExit):
+            data.main(command)
+    assert read("out/check.json")["faults"] == [] and Path("out/data.png").exists()
+    [stage1] = readme_commands("ae", ["mine", "--model"])
+    stage1 = [val if word == "val" else word for word in stage1]
+    ae.main([*stage1, "--iters", "1", "--num_workers", "0", "--batch_size", "2"])
+    [stage2] = readme_commands("diffusion", ["own"])[:1]
+    diffusion.main([*stage2, "--iters", "1", "--num_workers", "0", "--batch_size", "2"])
+    evaluation, _ = readme_commands("sample", ["own/ldm.pt"])
+    sample.main([*evaluation, "--steps", "1"])
+    assert read("out/sample.json")["images"] == 3 - (tool != "Roboflow")
 
 
 # ---------------------------------------------------------------- labels (Table 2)
