@@ -1,10 +1,10 @@
 """ae.py: stage 1, a shallow autoencoder of segmentation maps (3.1).
 
-    python ae.py                                      # the paper's run: COCO, 512 px, N = 128
-    torchrun --nproc_per_node=8 ae.py                 # the same on eight GPUs
-    python ae.py --model small --data shapes          # built-in scenes, minutes on a laptop
-    python ae.py --vae sd                             # Stable Diffusion's VAE instead (Table 1)
-    python ae.py --ckpt checkpoints/ae.pt --iters 0   # only evaluate: PQ of the reconstruction
+    python ae.py                                     # the paper's run: COCO, 512 px
+    torchrun --nproc_per_node=8 ae.py                # the same on eight GPUs
+    python ae.py --model small --data shapes         # built-in scenes, on a laptop
+    python ae.py --vae sd                            # Stable Diffusion's VAE (Table 1)
+    python ae.py --ckpt checkpoints/ae.pt --iters 0  # only evaluate the reconstruction
 
 Symbols (paper, section 3): y id map of side S, N number of ids, n = log2 N bits of an
 id, z = E(y) latent of side h = S / f, f resizing factor, D(z) logits. Writes ae.pt,
@@ -49,8 +49,8 @@ class Settings(data.Settings):
     kl: float = flag(0.0, "weight of the KL term (ablation of Fig. 9)", amount)
     vae: str = flag(
         None,
-        "Table 1: train Stable Diffusion's VAE in place of the shallow autoencoder: sd, a "
-        "hub id, a folder with vae/, or none for an untrained one",
+        "Table 1: train Stable Diffusion's VAE in place of the shallow autoencoder: "
+        "sd, a hub id, a folder with vae/, or none for an untrained one",
         nonempty,
     )
     factor: int = 8  # f: side of the map / side of the latent
@@ -551,8 +551,8 @@ def load_sd(name, network, part):
             loaded = network.from_pretrained(name, subfolder=part, variant="fp16")
     except Exception as error:  # of the hub, of files, of their contents
         raise BadInput(
-            f"{name}: no Stable Diffusion with a folder {part}/ found ({error!r:.90}); a "
-            "hub id needs network, a folder or --model small does not"
+            f"{name}: no Stable Diffusion with a folder {part}/ found "
+            f"({error!r:.90}); a hub id needs network, a folder or --model small does not"
         ) from None
     loaded = loaded.float()
     if network is AutoencoderKL:
@@ -562,8 +562,8 @@ def load_sd(name, network, part):
         fits = config.in_channels == 4 and config.addition_embed_type is None
     if not fits:
         raise BadInput(
-            f"{name}: its {part}/ is not that of Stable Diffusion 1 or 2 (inpainting, XL "
-            "and 3 have other inputs)"
+            f"{name}: its {part}/ is not that of Stable Diffusion 1 or 2 (inpainting, "
+            "XL and 3 have other inputs)"
         )
     return loaded
 

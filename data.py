@@ -1,8 +1,8 @@
 """data.py: every source of data yields the same kind of sample (paper: section 4.1).
 
-    python data.py --data shapes                              # draw a sheet of built-in scenes
-    python data.py --data data/coco --split val2017           # look into a COCO-style folder
-    python data.py --data mine --split train --check          # what is broken, what to expect
+    python data.py --data shapes                      # draw some built-in scenes
+    python data.py --data data/coco --split val2017   # look into a COCO-style folder
+    python data.py --data mine --split train --check  # what is broken, what to expect
 
 A sample is a dict: `image` (H x W x 3, uint8), `ids` (H x W, int32, 0 = void; crowds
 have ids), `segments_info` (as in COCO: id, category_id, iscrowd, area), `image_id`,
@@ -1130,8 +1130,8 @@ class Settings:
 
     model: str = flag(
         "sd",
-        "sd: as the paper, from Stable Diffusion 1.4 on the hub; a hub id or a folder with "
-        "unet/ and vae/; none: its untrained twin; small: from scratch, for a laptop",
+        "sd: as the paper, from Stable Diffusion 1.4 on the hub; a hub id or a folder "
+        "with unet/ and vae/; none: its untrained twin; small: from scratch, for a laptop",
         nonempty,
     )
     data: str = flag("data/coco", "'shapes', or a folder in COCO layout", nonempty)
@@ -1147,8 +1147,8 @@ class Settings:
     )
     precision: str = flag(
         "auto",
-        "of the networks in training; auto: bf16 on a GPU that has it, fp16 on another, "
-        "fp32 on a CPU",
+        "of the networks in training; auto: bf16 on a GPU that has it, fp16 on "
+        "another, fp32 on a CPU",
         ["auto", "fp32", "bf16", "fp16"],
     )
     num_workers: int = flag(
@@ -1219,8 +1219,8 @@ def configure(settings, small, doc, argv):
             differs = (value == "small") != (stored.get(name, value) == "small")
         if differs and (name in fixed or name == "model"):
             raise BadInput(
-                f"--{name} {value}: {start} was made with {stored[name]}; leave the flag "
-                "out, or begin anew with another --out"
+                f"--{name} {value}: {start} was made with {stored[name]}; leave the "
+                "flag out, or begin anew with another --out"
             )
     model = typed.get("model", stored.get("model", call.model))
     table = small if model == "small" else {}
@@ -1280,7 +1280,7 @@ def command(main):
             return
         except KeyboardInterrupt:
             code = 130
-            line = "interrupted; what was saved is whole, and --resume goes on with a training"
+            line = "interrupted; what was saved is whole, --resume continues a training"
         except (BadInput, OSError) as error:
             # a loader's worker puts its traceback in front
             line = str(error).strip().splitlines()[-1].removeprefix("data.BadInput: ")
@@ -1354,7 +1354,7 @@ def choose_device(name):
     except Exception as error:
         reason = why_no_gpu() if name.startswith("cuda") else str(error).splitlines()[0]
         raise BadInput(
-            f"--device {name}: not available here ({reason}); 'auto' takes what there is"
+            f"--device {name}: not available here ({reason}); auto takes what there is"
         ) from None
     if device.type not in ("cuda", "mps", "cpu"):
         raise BadInput(f"--device {name}: must be cuda, mps, cpu or auto")
@@ -1599,8 +1599,8 @@ class Run:
         self.overflows += 1
         if self.overflows == 20:
             raise BadInput(
-                "the gradient has not been finite for 20 iterations; what was saved before "
-                "is kept: lower --lr, or try --precision fp32, and --resume"
+                "the gradient has not been finite for 20 iterations; what was saved "
+                "before is kept: lower --lr, or try --precision fp32, and --resume"
             )
         return False
 
@@ -1614,7 +1614,7 @@ class Run:
         return done % every == 0 or done == self.args.iters
 
     def log(self, done, **figures):
-        """Append figures (numbers, tensors, None) as a line of JSON to the log (rank 0)."""
+        """Append figures (numbers or tensors, not None) to the log, on rank 0."""
         known = {name: value for name, value in figures.items() if value is not None}
         figures = {name: float(value) for name, value in known.items()}
         if "loss" in figures:
@@ -2099,8 +2099,8 @@ def check(source, size, num_ids, crop=0):
         areas_of.append((math.sqrt(sample["ids"].size), objects))
     for category, count in source.unlisted.items():
         faults.append(
-            f"{source.json}: {count} objects are of category {category!r:.40}, which it "
-            "does not list: they have no class in training"
+            f"{source.json}: {count} objects are of category {category!r:.40}, which "
+            "it does not list: they have no class in training"
         )
     print(*faults, f"{len(source)} images, {len(faults)} faults", sep="\n")
     if source.crowds:
@@ -2119,8 +2119,8 @@ def check(source, size, num_ids, crop=0):
         scale = size / (crop or picture_side)
         sides += [scale * math.sqrt(area) for area in objects]
     print(
-        f"1% of the objects are smaller than {np.percentile(sides, 1):.1f} px a side at "
-        f"--size {size}"
+        f"1% of the objects are smaller than {np.percentile(sides, 1):.1f} px a side "
+        f"at --size {size}"
     )
     figures = perfect_network(
         source, size, num_ids=num_ids, crop=crop, factor=factor_of(size)

@@ -1,9 +1,9 @@
 """diffusion.py: stage 2, image-conditioned latent diffusion (3.2, Algorithms 1, 2).
 
-    python diffusion.py                              # the paper's run: COCO, 512 px, one GPU
-    torchrun --nproc_per_node=8 diffusion.py         # on eight; --batch_size is that of all
-    python diffusion.py --model small                # from scratch, no download
-    python diffusion.py --ckpt checkpoints/ldm.pt --classes --out classes           # Table 2
+    python diffusion.py                       # the paper's run: COCO, 512 px, one GPU
+    torchrun --nproc_per_node=8 diffusion.py  # on eight; --batch_size is that of all
+    python diffusion.py --model small         # from scratch, no download
+    python diffusion.py --ckpt checkpoints/ldm.pt --classes --out classes    # Table 2
     python diffusion.py --ckpt checkpoints/ldm.pt --distill 1 --iters 5000 --out few
 
 Symbols (paper, section 3): x image, y id map, j timestep in 0..T-1,
@@ -85,8 +85,8 @@ class Settings(data.Settings):
             path = f"{self.out}/ldm.pt"
         if not self.ckpt and not Path(path).is_file():
             raise BadInput(
-                f"{path}: not there; train stage 1 first (python ae.py --out {self.out}), or "
-                "name its checkpoint with --ckpt"
+                f"{path}: not there; train stage 1 first (python ae.py --out "
+                f"{self.out}), or name its checkpoint with --ckpt"
             )
         return path
 
@@ -1075,7 +1075,8 @@ def from_release(content, path):
         for name, works in RELEASE.items():
             if told.get(name, works) != works:
                 raise BadInput(
-                    f"{path}: its setting {name} is {told[name]!r:.40}; {works!r} works here"
+                    f"{path}: its setting {name} is {told[name]!r:.40}; "
+                    f"{works!r} works here"
                 )
         weights = release_weights(content)
         unet = release_blocks(weights, "unet")

@@ -1,9 +1,9 @@
 """inpaint.py: complete a partial segmentation, keeping its ids (3.3, Algorithm 3).
 
-    python inpaint.py --drop 0.5 --block 8                # drop half of the 8 x 8 blocks
-    python inpaint.py --click 4                           # one click on each object instead
+    python inpaint.py --drop 0.5 --block 8       # drop half of the 8 x 8 blocks
+    python inpaint.py --click 4                  # one click on each object instead
     python inpaint.py --drop 0.1 0.3 0.5 0.7 0.9 --block 16 32 64 128   # 4.2, Fig. 9
-    python inpaint.py --image photo.jpg --mask part.png   # your own mask (id PNG, 0 = unknown)
+    python inpaint.py --image photo.jpg --mask part.png  # yours: an id PNG, 0 = unknown
 
 Symbols: y the partial id map (0 = unknown), known = scale * E(y), M the mask of latent
 cells that count as given, because at least half of their pixels are (B x 1 x h x w);
@@ -287,7 +287,7 @@ def run_experiments(model, held_out, args):
                 drop_part, settings=settings, drop=drop, block=block, seed=args.seed
             )
     print(
-        f"{len(held_out)} pictures, {len(parts)} kinds of given parts, {args.steps} steps"
+        f"{len(held_out)} pictures, given in {len(parts)} ways, {args.steps} steps each"
     )
     results = {}
     for title, part_of in parts.items():
@@ -374,8 +374,8 @@ def told_maps(model, samples, steps, seed):
         model, given, nothing_told, noise=noise, passes=steps
     )
     told = model.condition({**batch, "given": given})
-    # Of a cell with a hole only the network is told: its latent is not that of the whole
-    # map. In training, the noise that chooses the names is also that of the map.
+    # Only whole cells are held: the latent of one with a hole is not that of the map.
+    # As in training, the noise that chooses the names is also that of the map.
     z0 = inpaint(
         model,
         told,

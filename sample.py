@@ -1,11 +1,11 @@
 """sample.py: segment images with a trained model (3.2, 4.1; supplement B).
 
-    python sample.py                                    # evaluate: PQ, SQ, RQ
-    python sample.py --steps 1 2 5 10 20 50             # over sampling steps (Fig. 9, left)
-    python sample.py --seeds 0 1 2 3 --limit 6          # where do seeds agree? (Fig. 10)
-    python sample.py --images photo.jpg --trajectory    # pictures, or folders (Fig. S4)
+    python sample.py                                  # evaluate: PQ, SQ, RQ
+    python sample.py --steps 1 2 5 10 20 50           # over sampling steps (Fig. 9)
+    python sample.py --seeds 0 1 2 3 --limit 6        # where do seeds agree? (Fig. 10)
+    python sample.py --images photo.jpg --trajectory  # pictures, or folders (Fig. S4)
     python sample.py --ckpt assets/nuclei.pt --images tile.jpg
-    torchrun --nproc_per_node=8 sample.py               # evaluate on eight GPUs
+    torchrun --nproc_per_node=8 sample.py             # evaluate on eight GPUs
 
 Algorithm 2 itself is `LDM.sample` in diffusion.py. From Python:
 
