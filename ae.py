@@ -351,7 +351,7 @@ def main(argv=None):
     # data: ids only, no images
     train_source = data.open_split(args, args.train_split, images=False)
     val_source = data.open_split(args, args.val_split, images=False)
-    training = data.Training(
+    training = data.TrainingSet(
         train_source, args.size, num_ids=args.num_ids, seed=args.seed
     )
     if args.crop:  # beyond the paper
@@ -397,7 +397,7 @@ def main(argv=None):
             group["lr"] = lr
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(weights, args.clip)  # before clipping
-        if run.is_finite(grad_norm):
+        if run.may_step(grad_norm):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -145,7 +145,7 @@ def epoch_order(seed, epoch, count):
 
 
 @dataclass
-class Training:
+class TrainingSet:
     """An endless stream of training samples: resized, flipped, with random ids (4.1).
 
     Sample n depends on (seed, n) alone, so that a run repeats with any number of
@@ -1591,7 +1591,7 @@ class Run:
                 yield it
                 self.bar.update(size)
 
-    def is_finite(self, grad_norm):
+    def may_step(self, grad_norm):
         """Whether to make a step. Counts failures; 20 in a row raise BadInput."""
         if grad_norm.isfinite():
             self.overflows = 0
@@ -1924,9 +1924,11 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
     """What a perfect network would make of each true segment of some samples.
 
     Segments get ids as in training, the map is resized as in training and then to the
-    resolution of the decoder's logits, and these are decoded as in sampling. Returns S
-    x 3 floats: IoU of the segment with itself, its area afterwards, and its picture's
-    area, in pixels. Crowds are left out, and the background of instances.
+    resolution of the decoder's logits, and these are decoded as in sampling. With crop
+    this is done in a random square of each picture. Returns S x 3 floats: the IoU of a
+    segment with itself; its area afterwards, with what lies beside the square, because
+    tiles are joined before small segments become void; and the area of its picture,
+    both in pixels. Crowds are left out, and the background of instances.
     """
     grid = 4 * size // factor  # side of the logits, four times that of the latent
     order = np.random.default_rng(0).permutation(len(source))
@@ -1937,6 +1939,7 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
         except BadInput:
             continue
         rng = np.random.default_rng((0, index))
+        whole_area = {s["id"]: s["area"] for s in sample["segments_info"]}
         if crop:
             sample = crop_sample(sample, crop, rng)
         truth = sample["ids"]
@@ -1954,7 +1957,8 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
             after = area_after.get(name, 0)
             both = shared.get(name, 0)
             iou = both / (s["area"] + after - both)
-            results.append((iou, after, truth.size))
+            beside = whole_area[s["id"]] - s["area"]
+            results.append((iou, after + beside, truth.size))
     return np.array(results, np.float64).reshape(-1, 3)
 
 
@@ -2137,14 +2141,14 @@ def check(source, size, num_ids, crop=0):
 # =================================================================== beyond the paper
 # Random squares of large pictures (--crop), other colours and quarter turns
 # (--augment), and parts of maps that are given (--given): the mains wrap `Augmented`
-# around `Training`.
+# around `TrainingSet`.
 @dataclass
 class Augmented:
-    """A stream of training samples (`Training`), changed. What changes follows from
+    """A stream of training samples (`TrainingSet`), changed. What changes follows from
     (seed, n).
     """
 
-    training: Training
+    training: TrainingSet
     crop: int = 0  # side of a random square in place of the whole picture, in pixels
     augment: float = (
         0.0  # amount of other colours; with any also turns and scaled crops

@@ -526,7 +526,9 @@ def main(argv=None):
 
     # data
     num_ids = model.autoencoder.num_ids
-    training = data.Training(train_source, args.size, num_ids=num_ids, seed=args.seed)
+    training = data.TrainingSet(
+        train_source, args.size, num_ids=num_ids, seed=args.seed
+    )
     if args.crop or args.augment or args.given:  # beyond the paper
         training = data.Augmented(
             training, crop=args.crop, augment=args.augment, given=args.given
@@ -582,7 +584,7 @@ def main(argv=None):
             group["lr"] = lr
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(weights, args.clip)  # before clipping
-        if run.is_finite(grad_norm):
+        if run.may_step(grad_norm):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

@@ -310,9 +310,9 @@ class Blind(Grey):
 
 def test_a_training_sample_follows_from_its_number():
     """Whatever was drawn before, and whether or not pictures are read."""
-    training = data.Training(Grey("train"), size=32, num_ids=16, seed=1)
-    other = data.Training(Grey("train"), size=32, num_ids=16, seed=1)
-    blind = data.Training(Blind("train"), size=32, num_ids=16, seed=1)
+    training = data.TrainingSet(Grey("train"), size=32, num_ids=16, seed=1)
+    other = data.TrainingSet(Grey("train"), size=32, num_ids=16, seed=1)
+    blind = data.TrainingSet(Blind("train"), size=32, num_ids=16, seed=1)
     for n in range(20):
         found = training[n]
         other[n + 7]
@@ -323,7 +323,7 @@ def test_a_training_sample_follows_from_its_number():
 
 def test_ids_picture_and_classes_of_a_training_sample_belong_together():
     source = Grey("train")
-    training = data.Training(source, size=32, num_ids=16, seed=1)
+    training = data.TrainingSet(source, size=32, num_ids=16, seed=1)
     for n in range(60):
         found = training[n]
         grey_of = {}
@@ -340,7 +340,7 @@ def test_ids_picture_and_classes_of_a_training_sample_belong_together():
 
 def test_half_of_the_training_samples_are_flipped_and_their_ids_are_random():
     source = data.Shapes("train", 32)
-    training = data.Training(source, size=32, num_ids=16)
+    training = data.TrainingSet(source, size=32, num_ids=16)
     flipped = 0
     names = set()
     for n in range(60):
@@ -356,7 +356,7 @@ def test_half_of_the_training_samples_are_flipped_and_their_ids_are_random():
 
 def test_changed_samples_are_changed_in_all_their_parts():
     """Crops, colours, turns: each segment keeps one grey value, and `given` its ids."""
-    training = data.Training(Grey("train"), size=32, num_ids=16, seed=1)
+    training = data.TrainingSet(Grey("train"), size=32, num_ids=16, seed=1)
     changed = data.Augmented(training, crop=32, augment=0.5, given=1.0)
     for n in range(40):
         found = changed[n]
@@ -436,7 +436,7 @@ def test_relabel_equals_a_lookup_of_each_pixel(capsys):
 
 def test_processes_share_the_batch_in_pieces(monkeypatch):
     """An iteration sees the same samples with any number of processes and pieces."""
-    training = data.Training(data.Shapes("train", 16), size=16, num_ids=8)
+    training = data.TrainingSet(data.Shapes("train", 16), size=16, num_ids=8)
     args = Namespace(batch_size=8, num_workers=0, device="cpu")
     loaded = Namespace(batch_size=8, num_workers=1, device="cpu")
     [whole] = data.training_batches(training, [5], loaded)
@@ -463,7 +463,7 @@ def test_an_epoch_shows_each_picture_once_in_a_new_order():
         def __getitem__(self, index):
             return index
 
-    training = data.Training(Numbers(), size=16, num_ids=8)
+    training = data.TrainingSet(Numbers(), size=16, num_ids=8)
     epochs = [[training.read(n) for n in range(k, k + 10)] for k in (0, 10, 20)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(10))
@@ -1116,7 +1116,7 @@ def test_broken_pictures_are_named_and_the_next_takes_their_place(tmp_path, caps
     data.write_id_png(folder / "5.png", square(7, 300))
     data.write_id_png(folder / "6.png", square(300)[:9])
     data.write_id_png(folder / "7.png", square(0, 300))
-    training = data.Training(data.open_data(tmp_path, "val"), size=16, num_ids=8)
+    training = data.TrainingSet(data.open_data(tmp_path, "val"), size=16, num_ids=8)
     assert all(training[n]["ids"].any() for n in range(24))
     assert capsys.readouterr().err.count("the next picture takes its place") == 6
     code, out, _ = shell(capsys, "data --check --split val --data .")
@@ -1128,7 +1128,7 @@ def test_broken_pictures_are_named_and_the_next_takes_their_place(tmp_path, caps
     assert len(found["faults"]) == 7
     shutil.rmtree("val")
     with bad_input("none of the other 7 pictures can be used either"):
-        data.Training(data.open_data(tmp_path, "val"), size=16, num_ids=8)[0]
+        data.TrainingSet(data.open_data(tmp_path, "val"), size=16, num_ids=8)[0]
 
 
 def test_evaluation_leaves_broken_pictures_out_and_ends_if_all_are(tmp_path, capsys):
@@ -1210,10 +1210,12 @@ def test_the_ceiling_is_what_pq_says_of_perfect_logits(background, crop):
         sure = np.ones(found.shape)
         score.update(scene, ae.void_uncertain(found, sure, figures["min_area"]))
     expected = score.result()
-    assert figures["pq"] == pytest.approx(expected["pq"], abs=0.5)
+    # Small pieces that a square cuts off segments become void only in this test.
+    tolerance = 2 if crop else 0.5
+    assert figures["pq"] == pytest.approx(expected["pq"], abs=tolerance)
     assert ("ap50" in figures) == (background is not None)
     if background is not None:
-        assert figures["ap50"] == pytest.approx(expected["ap50"], abs=0.5)
+        assert figures["ap50"] == pytest.approx(expected["ap50"], abs=tolerance)
     assert 5 < figures["pq"] < 95
 
 
@@ -1825,12 +1827,12 @@ def test_twenty_gradients_in_a_row_that_are_not_finite_end_a_run(tmp_path):
     finite = torch.tensor(1.0)
     for wrong in (torch.tensor(torch.nan), torch.tensor(torch.inf)):
         for _ in range(19):
-            assert not a_run.is_finite(wrong)
-        assert a_run.is_finite(finite)
+            assert not a_run.may_step(wrong)
+        assert a_run.may_step(finite)
     for _ in range(19):
-        a_run.is_finite(wrong)
+        a_run.may_step(wrong)
     with bad_input("the gradient has not been finite for 20 iterations"):
-        a_run.is_finite(wrong)
+        a_run.may_step(wrong)
 
 
 def test_a_new_run_removes_the_state_of_an_older_one(tmp_path):
@@ -3867,7 +3869,7 @@ def test_the_paper_works_without_what_goes_beyond_it(tiny, monkeypatch):
     expected = "Augmented Instances connected VDDIM ToldLDM name_by_noise stitch"
     assert set(f"{expected} from_release told_maps".split()) <= set(removed)
 
-    training = data.Training(data.Shapes("train", 32), size=32, num_ids=8)
+    training = data.TrainingSet(data.Shapes("train", 32), size=32, num_ids=8)
     args = Namespace(batch_size=4, num_workers=0, device="cpu")
     [batch] = data.training_batches(training, [0], args)
 
@@ -4272,7 +4274,7 @@ def bench_samples(device):
         data.write(f"{root}/annotations/panoptic_train.json", content)
         source = data.open_data(root, "train")
         for size, num_ids in ((256, 128), (64, 16), (512, 128)):
-            training = data.Training(source, size, num_ids=num_ids)
+            training = data.TrainingSet(source, size, num_ids=num_ids)
 
             def pillow():
                 """Both files, read and resized."""
