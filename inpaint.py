@@ -286,9 +286,7 @@ def run_experiments(model, held_out, args):
             parts[f"drop {drop} block {block}"] = functools.partial(
                 drop_part, settings=settings, drop=drop, block=block, seed=args.seed
             )
-    print(
-        f"{len(held_out)} pictures, given in {len(parts)} ways, {args.steps} steps each"
-    )
+    print(f"{len(held_out)} pictures, {args.steps} steps; given: {', '.join(parts)}")
     results = {}
     for title, part_of in parts.items():
         figures, rows = evaluate(model, held_out, part_of, args)
