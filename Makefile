@@ -18,10 +18,10 @@ demo: .venv/ready
 	@echo "      not given, the percentage that gets the id of its segment."
 	$(BIN) inpaint.py --ckpt assets/shapes.pt --limit 24 --drop 0.5 --block 8 --steps 4 --out out/demo
 	@echo "== 3. A taste of training, stage 1: an autoencoder learns to compress id maps. PQ is that of its copies."
-	$(BIN) ae.py --model small --data shapes --iters 100 --out out/taste
+	$(BIN) ae.py --model small --data shapes --iters 120 --out out/taste
 	@echo "== 4. A taste of training, stage 2: a UNet learns to denoise their latents, given the image. The loss"
 	@echo "      falls; PQ stays near 0 for so short a training (the real one takes hours)."
-	$(BIN) diffusion.py --iters 20 --out out/taste
+	$(BIN) diffusion.py --iters 30 --out out/taste
 	@echo "== Look at: out/demo/sample.png  out/demo/inpaint.png  out/taste/ae.png"
 
 # A recipe for the weights of the built-in scenes: stage 1, stage 2, few passes, classes.
