@@ -32,24 +32,14 @@ import ae
 import diffusion
 import pq
 import sample
-from data import BadInput, flag, fraction, natural, nonempty, positive
+from data import BadInput, flag, fraction, nonempty, positive
 
 
 # ----------------------------------------------------------------------------- settings
 @dataclass
-class Settings:
+class Settings(sample.SamplingSettings):
     """The settings of inpaint.py."""
 
-    ckpt: str = flag(
-        None,
-        "of diffusion.py (default: checkpoints/ldm.pt, else assets/shapes.pt)",
-        nonempty,
-    )
-    data: str = flag(
-        None, "'shapes' or a folder (default: as the checkpoint)", nonempty
-    )
-    split: str = flag(None, "(default: the checkpoint's validation split)", nonempty)
-    limit: int = flag(None, "only so many pictures, the first ones", positive)
     drop: tuple = flag(
         (0.5,), "share of blocks to drop; several for a table", fraction, nargs="+"
     )
@@ -67,15 +57,6 @@ class Settings:
         False, "with --mask: Algorithm 3 alone, whatever the checkpoint can do", bool
     )
     steps: int = flag(None, "sampling steps (default: as the checkpoint)", positive)
-    seed: int = flag(0, "of the noise, the random ids and the dropped blocks", natural)
-    device: str = flag(
-        "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
-    )
-    out: str = flag("out", "folder to write to", nonempty)
-    precision = "auto"  # for data.setup
-    images = None  # this and the next one for sample.open_held_out
-    keep_crowds = False
-    batch_size = 16  # pictures or tiles at a time
 
 
 # -------------------------------------------------------------------------- Algorithm 3

@@ -37,8 +37,8 @@ from pq import VOID
 
 # ----------------------------------------------------------------------------- settings
 @dataclass
-class Settings:
-    """The settings of sample.py."""
+class SamplingSettings:
+    """What sample.py and inpaint.py have in common."""
 
     ckpt: str = flag(
         None,
@@ -49,14 +49,29 @@ class Settings:
         None, "'shapes' or a folder (default: as the checkpoint)", nonempty
     )
     split: str = flag(None, "(default: the checkpoint's validation split)", nonempty)
-    keep_crowds: bool = flag(False, "treat objects with iscrowd 1 like others", bool)
+    limit: int = flag(None, "only so many pictures, the first ones", positive)
+    seed: int = flag(0, "of all that is random", natural)
+    device: str = flag(
+        "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
+    )
+    out: str = flag("out", "folder to write to", nonempty)
+    precision: str = "auto"
+    images: list = None
+    keep_crowds: bool = False
+    batch_size: int = 16  # pictures or tiles at a time
+
+
+@dataclass
+class Settings(SamplingSettings):
+    """The settings of sample.py."""
+
     images: list = flag(
         None,
         "segment these pictures or folders instead of evaluating",
         nonempty,
         nargs="+",
     )
-    limit: int = flag(None, "only so many pictures, the first ones", positive)
+    keep_crowds: bool = flag(False, "treat objects with iscrowd 1 like others", bool)
     steps: list = flag(
         None,
         "sampling steps, several for a table (default: as the checkpoint)",
@@ -71,12 +86,6 @@ class Settings:
         natural,
     )
     batch_size: int = flag(16, "pictures or tiles at a time", positive)
-    seed: int = flag(0, "of the noise", natural)
-    device: str = flag(
-        "auto", "cuda, mps, cpu, or auto for the first that is there", nonempty
-    )
-    out: str = flag("out", "folder to write to", nonempty)
-    precision = "auto"  # for data.setup
 
 
 # --------------------------------------------------------------------- load and segment
