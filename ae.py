@@ -26,7 +26,7 @@ from torch import nn
 from torchvision.models.convnext import LayerNorm2d
 
 import pq
-from data import BadInput, amount, flag, natural, nonempty, positive
+from data import BadInput, amount, flag, natural, nonempty, positive, square
 
 conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
@@ -36,7 +36,7 @@ conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 class Settings(data.Settings):
     """The paper's values; where the paper is silent, those of the authors' release."""
 
-    size: int = flag(512, "side S of the square network input, in pixels", positive)
+    size: int = flag(512, "side S of the square network input, in pixels", square)
     num_ids: int = flag(
         128, "N, number of ids including 0 (void)", [4, 8, 16, 32, 64, 128, 256]
     )

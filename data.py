@@ -1060,6 +1060,8 @@ positive = number(int, 1)
 natural = number(int, 0)
 amount = number(float, 0)
 fraction = number(float, 0, 1)
+square = number(int, 8, 2**14)  # its side in pixels
+square_or_none = number(int, 0, 2**14)
 
 
 def flag(default, meaning, kind, nargs=None):
@@ -1155,7 +1157,7 @@ class Settings:
         default_workers(), "data-loading processes per training process", natural
     )
     crop: int = flag(
-        0, "beyond the paper: train on random squares of so many pixels", natural
+        0, "beyond the paper: train on random squares of so many pixels", square_or_none
     )
     warmup: int = 200  # iterations over which the learning rate rises from 0 (authors)
     save_every: int = 1000  # iterations between evaluations; a short run has two
@@ -2068,10 +2070,10 @@ def suggest(source, areas_of):
             f" --crop {crop}" if crop else ""
         )
         if value > best[0]:
-            best = (
-                value,
-                f"suggestion: {flags} (a perfect network: {name} {value:.1f})",
-            )
+            told = f"a perfect network: {name} {value:.1f}"
+            if figures["min_area"] is not None:
+                told += f"; a training will store --min_area {figures['min_area']}"
+            best = (value, f"suggestion: {flags} ({told})")
         if value >= 90:
             break
     return best[1]
@@ -2277,9 +2279,11 @@ class LookSettings:
         "read everything and say what is broken (exit code 1) and what to expect",
         bool,
     )
-    size: int = flag(64, "side of the network's input, for what to expect", positive)
+    size: int = flag(64, "side of the network's input, for what to expect", square)
     num_ids: int = flag(16, "N, for what to expect", positive)
-    crop: int = flag(0, "side of the training crops, for what to expect", natural)
+    crop: int = flag(
+        0, "side of the training crops, for what to expect", square_or_none
+    )
     seed: int = flag(0, "of the built-in scenes", natural)
     out: str = flag("out", "folder to write to", nonempty)
 
