@@ -417,7 +417,8 @@ class CocoPanoptic:
     categories: a list of {id, name, isthing}. crowds: how many segments are crowds, and
     so left out of training. unlisted: {category_id: how many segments} of categories
     that are not in the list; in samples their category_id is None. Raises BadInput if
-    the JSON is missing or unusable."""
+    the JSON is missing or unusable.
+    """
 
     endless = False  # the same pictures again in each epoch
     background_id = None
@@ -444,7 +445,8 @@ class CocoPanoptic:
 
         image (H x W x 3, uint8, or None), ids (H x W, int32, 0 = void), segments_info
         (a list of {id, category_id, iscrowd, area}), image_id, file_name,
-        background_id, and faults: a line for each part that is left out."""
+        background_id, and faults: a line for each part that is left out.
+        """
         info, png, listed = json.loads(self.items[index])
         where = f"{self.json}: image {info['id']}"
         ids, segments = read_panoptic(png, listed, self.png_folders, where=where)
@@ -475,7 +477,8 @@ class CocoInstances:
 
     images, keep_crowds, attributes and errors are those of CocoPanoptic. The pictures
     must be there even with images=False, because their headers are read: an outline is
-    only painted at the size that its picture really has."""
+    only painted at the size that its picture really has.
+    """
 
     endless = False
 
@@ -527,7 +530,8 @@ class CocoInstances:
         """Objects of a JSON -> ids (H x W, int32), segments_info, what is left out.
 
         Run lengths take far less memory than a mask of each object would. Crowds lie
-        beneath all other objects."""
+        beneath all other objects.
+        """
         layers, faults = [], []
         for o in objects:
             try:
@@ -556,7 +560,8 @@ class CocoInstances:
 def open_data(name, split, size=64, seed=0, images=True, keep_crowds=False):
     """The source that --data names: 'shapes', or a folder in one of COCO's layouts.
 
-    size and seed are those of the built-in scenes. Raises BadInput."""
+    size and seed are those of the built-in scenes. Raises BadInput.
+    """
     if name == "shapes":
         return Shapes(split, size, seed)
     panoptic = Path(name, "annotations", f"panoptic_{split}.json").is_file()
@@ -578,7 +583,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 def reading(path, what):
     """Whatever goes wrong while a user's file is read becomes a BadInput that names it.
 
-    Only regular files are opened: a pipe or a device might never end."""
+    Only regular files are opened: a pipe or a device might never end.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadInput(f"{path}: is not a regular file; a {what} has to be one")
     try:
@@ -594,7 +600,8 @@ def reading(path, what):
 # ---------------------------------------------------------------------- finding files
 def walk(folder):
     """Paths of all files below a folder, as text. Links to folders are followed, but no
-    folder is entered twice. Hidden files and folders are left out."""
+    folder is entered twice. Hidden files and folders are left out.
+    """
     entered = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(parent)
@@ -632,7 +639,8 @@ def picture_folders(root, split, path):
 @functools.cache
 def files_by_name(folder):
     """{bare name: a list of paths} of the files below a folder, without those that hold
-    annotations: a picture and its panoptic PNG may have the same name."""
+    annotations: a picture and its panoptic PNG may have the same name.
+    """
     paths = defaultdict(list)
     for path in walk(folder):
         below = Path(os.path.relpath(path, folder)).parts[:-1]
@@ -647,7 +655,8 @@ def find_file(name, folders, where):
     It is where the name leads from one of the folders. Else it is the only file of its
     bare name below the split's own folders, which are the first two, or below the last
     of the folders if there are none. (If a split has a folder, a file that is missing
-    there is missing: that of another split would be another picture.)"""
+    there is missing: that of another split would be another picture.)
+    """
     path = PureWindowsPath(str(name))  # separated by / or \
     for folder in folders:
         file = folder / path.as_posix()
@@ -677,7 +686,8 @@ def to_rgb(image):
     """PIL image of any mode -> H x W x 3, uint8. Transparency becomes white.
 
     What is deeper than 8 bit spans its own range, so that bit depths, exposures and
-    offsets look alike. 8 bit stays as it is."""
+    offsets look alike. 8 bit stays as it is.
+    """
     if image.mode.startswith(("I", "F")):
         image = Image.fromarray(stretch(np.asarray(image, np.float64)))
     if image.has_transparency_data:
@@ -697,7 +707,8 @@ def stretch(values):
     """Numbers of any range -> uint8 of the same shape, 0 the darkest, 255 the lightest.
 
     One number in ten thousand may lie beyond either end, so that single hot pixels do
-    not decide. NaN counts as the darkest."""
+    not decide. NaN counts as the darkest.
+    """
     finite = values[np.isfinite(values)]
     if not finite.size:
         return np.zeros(values.shape, np.uint8)
@@ -801,7 +812,8 @@ def picture_size(path, size):
     """Width and height at which a picture's outlines are painted. Raises BadInput.
 
     size: what the JSON says, which must be what the picture's header says. Where it
-    says 0 or nothing, the picture's own size counts."""
+    says 0 or nothing, the picture's own size counts.
+    """
     if not all(size):
         height, width, _ = read_image(path).shape
         return width, height
@@ -816,7 +828,8 @@ def read_id_png(path, listed=()):
     """Panoptic PNG (id = R + 256 G + 65536 B) or one-channel id PNG -> H x W, int32.
 
     The colours of a palette are the ids if all of them are `listed`, else its indices
-    are. Raises BadInput."""
+    are. Raises BadInput.
+    """
     with reading(path, "id PNG"), Image.open(path, formats=FORMATS) as image:
         if not image.mode.startswith("I") and ";16" in layout(image):
             raise BadInput(f"{path}: has colours of 16 bits; ids are saved with 8")
@@ -840,7 +853,8 @@ def check_mask(path, ids):
     """Raise BadInput if an id map (H x W) that a user drew is a picture of a mask.
 
     JPEG and soft edges make ids that cover no square of 2 x 2 pixels. Up to 16 of them
-    are taken for thin strokes. White is what is left of a sheet of paper."""
+    are taken for thin strokes. White is what is left of a sheet of paper.
+    """
     corner = ids[1:, 1:]
     filled = (corner == ids[1:, :-1]) & (corner == ids[:-1, 1:])
     filled &= corner == ids[:-1, :-1]
@@ -868,7 +882,8 @@ def read_coco(path, panoptic):
     a file (instances)  one picture, with the objects of both entries
     an annotation (panoptic), for one image    refused
     a segment (panoptic)    one segment, unless its categories differ (`read_panoptic`
-                            refuses that picture)"""
+                            refuses that picture)
+    """
     found = {}
     with reading(path, "COCO JSON"):
         content = json.loads(Path(path).read_bytes())  # a byte order mark is fine
@@ -906,7 +921,8 @@ def read_category(category):
 
 def images_once(path, images, panoptic):
     """Entries of images, each id once, and {id of a further entry of a file: the first
-    one's}, ids as text. Raises BadInput if two files have the same id."""
+    one's}, ids as text. Raises BadInput if two files have the same id.
+    """
     by_id, first_of, same_as = {}, {}, {}
     for entry in images:
         keys = ("id", "file_name", "width", "height")
@@ -954,7 +970,8 @@ def read_items(path, panoptic, keep_crowds):
     of (info, name of its PNG, segments or objects). It stays text because forked
     workers would copy a million dicts just by counting the references to them.
 
-    Raises BadInput if no picture has an object that is no crowd."""
+    Raises BadInput if no picture has an object that is no crowd.
+    """
     content, found = read_coco(path, panoptic=panoptic)
     listed = {c["id"] for c in content["categories"]}
     items, crowds, unlisted = [], 0, Counter()
@@ -980,7 +997,8 @@ def read_panoptic(name, segments, folders, where):
     """A panoptic annotation -> ids (H x W, int32) and segments_info of what is visible.
 
     name: of the PNG; segments: as `read_coco` has them; folders: for `find_file`; where
-    begins the message of a BadInput. A listed segment without a pixel is left out."""
+    begins the message of a BadInput. A listed segment without a pixel is left out.
+    """
     listed = [s["id"] for s in segments]
     for i, times in Counter(listed).items():
         if times > 1:
@@ -998,7 +1016,8 @@ def read_panoptic(name, segments, folders, where):
 def rle_counts(text):
     """Run lengths in COCO's text (bytes): five bits a character, the lowest first; from
     the fourth number on the difference from the last but one. (pycocotools would read
-    beyond the end of a broken text.)"""
+    beyond the end of a broken text.)
+    """
     counts, value, shift = [], 0, 0
     for digit in text:
         digit -= 48
@@ -1014,7 +1033,8 @@ def rle_counts(text):
 def outline_runs(outline, height, width):
     """COCO's polygons or RLE -> run lengths (int64), column by column, outside first.
 
-    Raises any exception if the outline is unusable or of another size."""
+    Raises any exception if the outline is unusable or of another size.
+    """
     if isinstance(outline, list):
         polygons = outline if isinstance(outline[0], list) else [outline]
         polygons = [p for p in polygons if len(p) >= 6]
@@ -1966,7 +1986,8 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
 
 def upsample(cells, height, width):
     """An id map at the resolution of the logits, decoded at height x width: the argmax
-    of its one-hot maps after bilinear interpolation."""
+    of its one-hot maps after bilinear interpolation.
+    """
     ids = np.zeros((height, width), np.int32)
     best = torch.zeros(height, width)
     for i in np.unique(cells).tolist():
