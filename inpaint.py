@@ -188,6 +188,9 @@ class IdAccuracy:
         return 100 * self.right / self.pixels if self.pixels else None
 
 
+DRAWN = ("Algorithm 3", "given part told")  # of the methods that are compared
+
+
 def methods_of(model, args):
     """{name: function that completes a list of samples}, the methods to compare."""
     methods = {"Algorithm 3": complete_maps}
@@ -238,11 +241,8 @@ def evaluate(model, held_out, part_of, args):
             for s, ids in zip(samples, maps):
                 scores[name].update(s, ids)
                 accuracies[name].update(ids, s["given"], s["ids"])
-        best = "given part told" if "given part told" in completed else "Algorithm 3"
         for k, s in enumerate(samples[: data.PICTURES - len(rows)]):
-            maps = [completed["Algorithm 3"][k]]
-            if best != "Algorithm 3":
-                maps.append(completed[best][k])
+            maps = [completed[name][k] for name in DRAWN if name in completed]
             rows.append(data.completion(s, s["given"], maps))
     figures = {}
     for name in methods:
