@@ -569,17 +569,15 @@ def load_sd(name, network, part):
 
 
 # --------------------------------------------------------------------- beyond the paper
-def connected(ids):
+def connected(ids, background):
     """For objects in one piece: parts of a segment that do not touch become segments.
 
-    ids: H x W, 0 = void. The largest segment, a background, stays whole.
+    ids: H x W, 0 = void. The segment whose id is `background` stays whole.
     """
-    area = data.areas(ids)
-    largest = max(area, key=area.get, default=0)
     top = int(ids.max())
     unused = itertools.count(top + 1)
     parts = Image.fromarray(ids.astype(np.int32))
-    for y, x in np.argwhere((ids > 0) & (ids != largest)).tolist():
+    for y, x in np.argwhere((ids != 0) & (ids != background)).tolist():
         if parts.getpixel((x, y)) <= top:  # it belongs to no part so far
             ImageDraw.floodfill(parts, (x, y), next(unused))
     return np.asarray(parts)

@@ -67,6 +67,8 @@ WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 EPOCHS, SAMPLES, IDS, BLOCKS, CHANGES = range(1, 6)  # random streams, see above
 
+BACKGROUND_SEGMENT = 1  # id of all that is no object, in data of instances
+
 
 class BadInput(ValueError):
     """The user's input is wrong. One line says where, what is wrong, and what to do."""
@@ -401,7 +403,7 @@ class Shapes:
             "segments_info": segments,
             "image_id": index,
             "file_name": f"{index:06d}.png",
-            "background": 1,
+            "background": BACKGROUND_SEGMENT,
         }
 
 
@@ -503,7 +505,7 @@ class CocoInstances:
         return len(self.items)
 
     def __getitem__(self, index):
-        """Sample `index`, as in CocoPanoptic, and `background`: its segment's id (1).
+        """Sample `index`, as in CocoPanoptic, and `background`: its segment's id.
 
         Raises BadInput if it cannot be used.
         """
@@ -522,7 +524,7 @@ class CocoInstances:
             "image_id": info["id"],
             "file_name": info["file_name"],
             "background_id": self.background_id,
-            "background": 1,
+            "background": BACKGROUND_SEGMENT,
             "faults": faults,
         }
 
@@ -2188,6 +2190,8 @@ class Augmented:
             scale = rng.uniform(0.6, 1.4) if self.augment else 1
             sample = crop_sample(sample, round(self.crop * scale), rng)
         result = self.training.prepare(sample, n)
+        if self.training.source.background_id is not None:
+            result = name_background(result, self.training.source)
         if self.augment:
             turns = int(rng.integers(4))
             result["ids"] = result["ids"].rot90(turns, (0, 1))
@@ -2200,6 +2204,26 @@ class Augmented:
                 given = torch.from_numpy(partial_map(result["ids"].numpy(), rng))
             result["given"] = given
         return result
+
+
+def name_background(sample, source):
+    """A training sample of instances whose background has the id BACKGROUND_SEGMENT.
+
+    So the network learns which pixels are background, and need not choose one of N - 1
+    ids for it. The segment that had this id gets the background's, or an unused one if
+    there is no background.
+    """
+    ids = sample["ids"]
+    classes = sample["classes"]
+    category = [c["id"] for c in source.categories].index(source.background_id)
+    candidates = (classes == category).nonzero().flatten().tolist()
+    if not candidates:
+        unused = set(range(1, len(classes))) - set(ids.unique().tolist())
+        candidates = [*unused, BACKGROUND_SEGMENT]
+    new_id = torch.arange(len(classes), dtype=torch.uint8)
+    new_id[candidates[0]] = BACKGROUND_SEGMENT
+    new_id[BACKGROUND_SEGMENT] = candidates[0]
+    return {**sample, "ids": new_id[ids.long()], "classes": classes[new_id.long()]}
 
 
 class Crops:

@@ -481,7 +481,7 @@ def prepare(model, args, source):
         model.unet.time_embedding.requires_grad_(False)  # as the authors do
         model.unet.enable_gradient_checkpointing()
     if source.background_id is not None:  # beyond the paper: instances are in one piece
-        model.settings["postprocess"] = "connected"
+        model.settings["postprocess"] = "instances"
         model.settings["min_area"] = data.least_area(
             source,
             args.size,
@@ -529,7 +529,8 @@ def main(argv=None):
     training = data.TrainingSet(
         train_source, args.size, num_ids=num_ids, seed=args.seed
     )
-    if args.crop or args.augment or args.given:  # beyond the paper
+    instances = train_source.background_id is not None
+    if instances or args.crop or args.augment or args.given:  # beyond the paper
         training = data.Augmented(
             training, crop=args.crop, augment=args.augment, given=args.given
         )
@@ -892,59 +893,82 @@ def tell_given(model):
 # chooses the numbering: each true segment gets the id that the model's own sample from
 # this very noise would give it.
 def few_passes(model, batch, eps, j, passes):
-    """The batch with ids that the noise chooses, and timesteps of which a quarter are
-    T-1.
+    """The batch with ids that the noise chooses, and timesteps of which half are T-1.
 
     batch, eps, j: as `LDM.forward` takes them; passes: of the sample that shows the
     noise's choice.
     """
     batch = dict(batch)
-    condition = model.condition({"image": batch["image"]})
     batch["ids"] = name_by_noise(
-        model, batch["ids"], condition, noise=eps, passes=passes
+        model,
+        batch["ids"],
+        condition=model.condition({"image": batch["image"]}),
+        noise=eps,
+        passes=passes,
+        instances=model.settings["postprocess"] == "instances",
     )
     if "given" in batch:
         batch["given"] = torch.where(batch["given"] > 0, batch["ids"], 0)
     j = j.clone()
-    # the last ones: not self-conditioned
-    j[-math.ceil(len(j) / 4) :] = model.ddim.T - 1
+    j[len(j) // 2 :] = model.ddim.T - 1  # the last ones: not self-conditioned
     return batch, j
 
 
 @torch.no_grad()
-def name_by_noise(model, ids, condition, noise, passes):
+def name_by_noise(model, ids, condition, noise, passes, instances=False):
     """Rename the segments of id maps (B x S x S) as a sample from this noise would.
 
-    condition, noise: as `LDM.sample` takes them. From the largest to the smallest
-    segment, each takes the free id that the sample finds likeliest on its pixels. So a
-    segment that the sample merges with another has a name that follows from the noise,
-    too.
+    condition, noise: as `LDM.sample` takes them; instances: see `names_of`.
     """
     renamed = torch.zeros_like(ids)
     z0 = model.sample(condition, noise, passes)
-    for b, logits in enumerate(
-        model.decode(z0)
-    ):  # one at a time: B x N x S x S is large
-        logits = ae.resize(logits, *ids.shape[1:]).log_softmax(0).flatten(1)  # N x SS
-        masks = F.one_hot(ids[b].flatten().long(), len(logits)).float()  # SS x N
-        pixels = masks.sum(0)  # N
-        scores = (logits @ masks / pixels.clamp(min=1)).T.cpu()  # N old x N new ids
-        scores[:, 0] = -torch.inf  # void is no name
-        pixels = pixels.cpu()
-        by_size = pixels.argsort(descending=True).tolist()
-        present = [old for old in by_size if old != 0 and pixels[old] > 0]
-        # In a partial map: what the sample shows only where nothing is given needs its
-        # ids itself. They are given away last.
-        elsewhere = logits.argmax(0)[ids[b].flatten() == 0].unique().tolist()
-        likeliest = scores[present].argmax(1).tolist()
-        scores[:, [i for i in elsewhere if i not in likeliest]] -= 1e6
-        name = torch.zeros(len(logits), dtype=ids.dtype)
-        for old in present:
-            new = int(scores[old].argmax())
-            name[old] = new
-            scores[:, new] = -torch.inf  # taken
-        renamed[b] = name.to(ids.device)[ids[b].long()]
+    for b, logits in enumerate(model.decode(z0)):  # B x N x S x S would be large
+        logits = ae.resize(logits, *ids.shape[1:])  # N x S x S
+        factor = model.autoencoder.factor if instances else None
+        name = names_of(ids[b], logits.log_softmax(0), near=factor)
+        renamed[b] = name[ids[b].long()]
     return renamed
+
+
+def names_of(ids, chances, near=None):
+    """New names for the segments of an id map (S x S): a table of N ids.
+
+    From the largest to the smallest segment, each takes the free id that is likeliest
+    on its pixels by `chances`, the log-probabilities (N x S x S) of a sample. So a
+    segment that the sample merges with another has a name that follows from the noise,
+    too.
+
+    near: for maps of instances, the side of a cell in pixels. Their background keeps
+    its id, and an id is taken only from the segments of the cells around: parts that
+    do not touch are told apart all the same (see `instance_ids`).
+    """
+    masks = F.one_hot(ids.long(), len(chances)).float()  # S x S x N
+    masks = masks.permute(2, 0, 1)  # N x S x S
+    pixels = masks.sum((1, 2))  # N
+    scores = chances.flatten(1) @ masks.flatten(1).T  # N new x N old
+    scores = (scores / pixels.clamp(min=1)).T.cpu()  # N old x N new ids
+    scores[:, 0] = -torch.inf  # void is no name
+    competes = torch.ones(len(chances), len(chances), dtype=torch.bool)
+    if near is not None:
+        around = F.max_pool2d(masks, 3 * near, stride=near, padding=near).flatten(1)
+        competes = (around @ around.T > 0).cpu()  # N x N: some cell has both around it
+        scores[:, data.BACKGROUND_SEGMENT] = -torch.inf
+        scores[data.BACKGROUND_SEGMENT, data.BACKGROUND_SEGMENT] = 0  # certain
+
+    pixels = pixels.cpu()
+    by_size = pixels.argsort(descending=True).tolist()
+    present = [old for old in by_size if old != 0 and pixels[old] > 0]
+    # In a partial map: what the sample shows only where nothing is given needs its ids
+    # itself. They are given away last.
+    elsewhere = chances.argmax(0)[ids == 0].unique().tolist()
+    likeliest = scores[present].argmax(1).tolist()
+    scores[:, [i for i in elsewhere if i not in likeliest]] -= 1e6
+    name = torch.zeros(len(chances), dtype=ids.dtype)
+    for old in present:
+        new = int(scores[old].argmax())
+        name[old] = new
+        scores[competes[old], new] = -torch.inf  # taken
+    return name.to(ids.device)
 
 
 def prepare_few_passes(model, args):
@@ -954,12 +978,12 @@ def prepare_few_passes(model, args):
 
 
 # =============================================== beyond the paper: objects in one piece
-def connected_ids(model, logits, height, width):
-    """For instances: parts of a segment that do not touch become segments of their
-    own.
+def instance_ids(model, logits, height, width):
+    """Of instances: parts of an id that do not touch are segments of their own, but the
+    background (BACKGROUND_SEGMENT) stays whole.
     """
     ids, probability = ae.likeliest(logits, height, width)
-    return ae.connected(ids), probability
+    return ae.connected(ids, background=data.BACKGROUND_SEGMENT), probability
 
 
 # =========================================== beyond the paper: the authors' checkpoints
@@ -1101,7 +1125,7 @@ def from_release(content, path):
 
 
 SCHEDULERS = {"ddim": DDIM, "ddim-v": VDDIM, "ddim-release": ReleaseDDIM}
-POSTPROCESS = {"connected": connected_ids, "release": release_ids}
+POSTPROCESS = {"instances": instance_ids, "release": release_ids}
 
 
 if __name__ == "__main__":

@@ -215,7 +215,9 @@ def complete(model, samples, method, steps, seed):
     draw = functools.partial(method, steps=steps, seed=seed)
     with data.sampling_autocast(model.unet.device):
         if model.settings["crop"] and method is not input_maps:  # beyond the paper
-            found = complete_in_tiles(model, samples, draw)
+            by_content = method is complete_maps  # whose ids are not the network's
+            background = None if by_content else sample.background_of(model)
+            found = complete_in_tiles(model, samples, draw, background=background)
         else:
             found = draw(model, samples)
     completed = []
@@ -363,22 +365,17 @@ def told_maps(model, samples, steps, seed):
         noise=(noise, noise),
         steps=steps,
     )
-    completed = []
+    found = []
     for s, logits in zip(samples, model.decode(z0)):
-        ids, probability = diffusion.to_ids(model, logits, *s["given"].shape)
-        completed.append((name_by_cover(ids, s["given"]), probability))
-    return completed
+        found.append(diffusion.to_ids(model, logits, *s["given"].shape))
+    return named_by_cover(samples, found)
 
 
 def renamed_maps(model, samples, steps, seed):
     """Algorithm 2, which knows nothing of the given part; then segments get given
     ids.
     """
-    completed = []
-    found = diffusion.sample_maps(model, samples, steps, seed)
-    for s, (ids, probability) in zip(samples, found):
-        completed.append((name_by_cover(ids, s["given"]), probability))
-    return completed
+    return named_by_cover(samples, diffusion.sample_maps(model, samples, steps, seed))
 
 
 def input_maps(model, samples, steps, seed):
@@ -407,16 +404,25 @@ def name_by_cover(ids, given):
     return table[ids]
 
 
-def complete_in_tiles(model, samples, draw):
-    """`draw` on tiles of pictures, joined. In each tile ids are restored by their
-    content or cover; joining renames them, so that the whole is named by what it covers
-    once more.
+def named_by_cover(samples, found):
+    """(ids, probability) of samples, named by what they cover of `given`.
+
+    Tiles keep the network's ids: the picture that they are joined to is named.
     """
-    completed = []
-    found = sample.sample_in_tiles(model, samples, draw, batch_size=16)
+    named = []
     for s, (ids, probability) in zip(samples, found):
-        completed.append((name_by_cover(ids, s["given"]), probability))
-    return completed
+        if "place" not in s:
+            ids = name_by_cover(ids, s["given"])
+        named.append((ids, probability))
+    return named
+
+
+def complete_in_tiles(model, samples, draw, background):
+    """`draw` on tiles of pictures, joined and named by what is covered of `given`."""
+    found = sample.sample_in_tiles(
+        model, samples, draw, batch_size=16, background=background
+    )
+    return named_by_cover(samples, found)
 
 
 if __name__ == "__main__":

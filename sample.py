@@ -118,7 +118,15 @@ def sample_batch(model, samples, steps, seed, batch_size):
     draw = functools.partial(diffusion.sample_maps, steps=steps, seed=seed)
     with data.sampling_autocast(model.unet.device):
         if model.settings["crop"]:  # beyond the paper
-            return list(sample_in_tiles(model, samples, draw, batch_size=batch_size))
+            return list(
+                sample_in_tiles(
+                    model,
+                    samples,
+                    draw,
+                    batch_size=batch_size,
+                    background=background_of(model),
+                )
+            )
         return draw(model, samples)
 
 
@@ -421,12 +429,9 @@ def instances_of(model, image_id, segments, outlines):
     stuff = set()
     if model.classifier is not None:
         stuff = {c["id"] for c in model.classifier.categories if not c["isthing"]}
-    background = None
-    if model.settings["postprocess"] == "connected" and segments:
-        background = max(segments, key=lambda s: s["area"])["id"]
     instances = []
     for s in segments:
-        if s["category_id"] in stuff or s["id"] == background:
+        if s["category_id"] in stuff or s["id"] == background_of(model):
             continue
         instance = {**s, "image_id": image_id, **outlines[s["id"]]}
         instances.append(instance)
@@ -543,11 +548,12 @@ class Names:
     """The ids of a joined picture, some of which turn out to be of the same segment.
 
     A union-find table: `older[i]` is an older id of the same segment, or i itself if i
-    is its oldest. To join two ids, one entry changes, and no pixel.
+    is its oldest. To join two ids, one entry changes, and no pixel. reserved: ids up to
+    this one are never new.
     """
 
-    def __init__(self):
-        self.older = [VOID]
+    def __init__(self, reserved=VOID):
+        self.older = list(range(reserved + 1))
 
     def new(self):
         """An id that has not been used before."""
@@ -567,18 +573,19 @@ class Names:
         self.older[second] = first
 
 
-def stitch(tiles, shape):
+def stitch(tiles, shape, background=None):
     """Join the segmented tiles of a picture to one map.
 
     tiles: {(top, left): (ids, certainty)}, in the order of `cut`, of H x W integers and
     H x W floats. Ids (0 = void) need not be those of other tiles. shape: height and
-    width of the picture. Returns its ids (H x W, int32, 0 = void) and its certainty
+    width of the picture; background: the id that a background has in all tiles, and
+    will have in the picture. Returns its ids (H x W, int32, 0 = void) and its certainty
     (H x W, float32). If there is one tile, its ids stay as they are.
 
     A segment is joined with one of earlier tiles if their IoU, counted where both can
-    be seen, is above 0.5. The largest segment of each tile counts as background, which
-    may consist of several pieces there: it is also joined with an earlier background of
-    which it covers more than half, counted in the same pixels.
+    be seen, is above 0.5. If no background is told, the largest segment of each tile
+    counts as one, which may consist of several pieces there: it is also joined with an
+    earlier background of which it covers more than half, counted in the same pixels.
 
     Each tile looks only at its own box, and ids that are joined go into a table, which
     is applied once at the end: the work grows as the number of pixels does.
@@ -591,7 +598,7 @@ def stitch(tiles, shape):
 
     whole = np.full(shape, UNSEEN, np.int32)
     whole_certainty = np.zeros(shape, np.float32)
-    names = Names()
+    names = Names(reserved=background or VOID)
     backgrounds = set()
     for (top, left), (ids, certainty) in tiles.items():
         box = np.s_[top : top + ids.shape[0], left : left + ids.shape[1]]
@@ -606,19 +613,20 @@ def stitch(tiles, shape):
 
         # each segment of the tile gets a name in the picture
         area = data.areas(ids)  # without void
-        name_of = {VOID: VOID}
+        name_of = {VOID: VOID, background: background}
         overlaps = ious(here, there) if seen.any() else []  # none for the first tile
         for segment, earlier, iou in overlaps:
-            if iou > SAME and segment != VOID and earlier != VOID:
+            known = segment in name_of or earlier in (VOID, background)
+            if iou > SAME and not known:
                 name_of[segment] = earlier
         for segment in area:
             if segment not in name_of:
                 name_of[segment] = names.new()
 
-        # the background is joined with those of earlier tiles
+        # a background that is not told is joined with those of earlier tiles
         oldest_first = sorted(area, key=name_of.get)  # the first wins a tie
         largest = max(oldest_first, key=area.get, default=VOID)
-        if largest != VOID:
+        if background is None and largest != VOID:
             for earlier in backgrounds.intersection(there.tolist()):
                 covered = here[there == earlier] == largest
                 if covered.mean() > 0.5:
@@ -644,13 +652,19 @@ def replace_ids(ids, new_id):
     return new[place].reshape(ids.shape)
 
 
-def sample_in_tiles(model, samples, draw, batch_size):
+def background_of(model):
+    """The id of the background in a model's maps: of instances alone, else None."""
+    instances = model.settings["postprocess"] == "instances"
+    return data.BACKGROUND_SEGMENT if instances else None
+
+
+def sample_in_tiles(model, samples, draw, batch_size, background=None):
     """Segment pictures in tiles of the size that the model was trained on.
 
     samples: a list, see `tiles_of`. draw(model, tiles) returns (ids, certainty) of each
-    of at most batch_size tiles, which may belong to several pictures. Yields ids and
-    certainty of each picture, see `stitch`. Tiles are drawn only when they are needed,
-    so the results of no more than one picture and one batch are held.
+    of at most batch_size tiles, which may belong to several pictures. background: see
+    `stitch`. Yields ids and certainty of each picture. Tiles are drawn only when they
+    are needed, so the results of no more than one picture and one batch are held.
     """
     tiles = tiles_of(samples, model.settings["crop"])
     starts = range(0, len(tiles), batch_size)
@@ -659,7 +673,8 @@ def sample_in_tiles(model, samples, draw, batch_size):
     results = zip(tiles, drawn, strict=True)
     for picture, own in itertools.groupby(results, key=lambda r: r[0]["picture"]):
         shape = samples[picture]["image"].shape[:2]
-        yield stitch({tile["place"]: found for tile, found in own}, shape)
+        by_place = {tile["place"]: found for tile, found in own}
+        yield stitch(by_place, shape, background=background)
 
 
 if __name__ == "__main__":

@@ -1387,9 +1387,32 @@ def test_instances_are_scored_alone():
     score = pq.Score()
     score.update(scene, found)
     expected = {"pq": 75 / 2.5, "sq": 75, "rq": 100 / 2.5, "ap50": 25}
+    expected.update(merged=0, missed=50)  # 5 holds a quarter of its instance
     assert score.result() == pytest.approx(expected)
     score.instances.quality.sums[0] = 0  # as if no instance were there, and none found
     assert score.result()["ap50"] is None
+
+
+def test_merged_and_missed_instances_are_counted():
+    """Three of five instances lie in one segment, one in void; crowds do not count."""
+    truth = np.zeros((6, 10), np.int32)
+    truth[:5] = np.arange(10) // 2 + 1
+    truth[5, :4] = 7
+    truth[5, 4:] = 6
+    found = np.zeros((6, 10), np.int32)
+    found[5] = 3
+    found[:5, :6] = 1
+    found[:5, 8:] = 2
+    segments = data.describe(truth)
+    for s in segments:
+        s["category_id"] = 9 if s["id"] == 6 else 1
+        s["iscrowd"] = int(s["id"] == 7)
+    scene = {"ids": truth, "segments_info": segments, "file_name": "x"}
+    scene["background_id"] = 9
+    score = pq.Score()
+    score.update(scene, found)
+    figures = score.result()
+    assert (figures["merged"], figures["missed"]) == (60, 20)
 
 
 def test_a_score_of_scenes_is_class_agnostic_pq_in_percent():
@@ -2003,8 +2026,11 @@ def test_parts_that_do_not_touch_become_segments():
     pieces = np.array([[1, 1, 2, 3], [0, 1, 2, 2], [4, 0, 5, 2], [4, 4, 5, 0]])
     on_a_background = np.pad(ids, 2, constant_values=9)
     expected = np.pad(pieces, 2, constant_values=9)
-    assert same_partition(ae.connected(on_a_background), expected)
-    assert same_partition(ae.connected(ids), ids)  # the largest stays whole
+    found = ae.connected(on_a_background, background=9)
+    assert same_partition(found, expected)
+    assert found[0, 0] == 9  # the background keeps its id,
+    found = ae.connected(ids, background=1)  # and stays whole in any number of parts
+    assert np.array_equal(found == 1, ids == 1)
 
 
 # --------------------------------------------------------------- stage 2: the scheduler
@@ -2314,6 +2340,46 @@ def test_the_noise_keeps_the_ids_of_what_is_not_given():
     assert found.tolist() == [[[5, 5, 5, 6, 6, 0, 0]]]
 
 
+def test_the_noise_names_instances_apart_only_from_what_is_near():
+    """Of three objects that the sample shows as 5, two are near each other."""
+    ids = torch.ones(8, 32).byte()  # the background
+    ids[2:6, 2:6] = 2
+    ids[2:6, 6:9] = 3
+    ids[2:6, 24:27] = 4
+    chances = torch.full((8, 8, 32), -9.0)
+    chances[5] = 0  # the sample shows one segment, 5,
+    chances[6] = -4  # and 6 comes next
+    name = diffusion.names_of(ids, chances, near=4)
+    assert name.tolist() == [0, 1, 5, 6, 5, 0, 0, 0]
+    name = diffusion.names_of(ids, chances)  # the background is the largest segment
+    assert sorted(name[1:5].tolist()[:2]) == [5, 6]
+    assert len(set(name[1:5].tolist())) == 4
+
+
+def test_the_background_of_instances_has_one_id_in_training(tmp_path):
+    """All others keep their pixels and categories, and no object has that id."""
+    write_coco(tmp_path, "instances")
+    source = data.open_data(tmp_path, "val")
+    background = len(source.categories) - 1
+    training = data.TrainingSet(source, 32, num_ids=8)
+    for n in range(12):
+        before = training[n]
+        sample = data.Augmented(training)[n]
+        ids = sample["ids"].flatten().long()
+        assert same_partition(sample["ids"].numpy(), before["ids"].numpy())
+        assert sample["classes"][1] == background
+        assert torch.equal(
+            sample["classes"][ids], before["classes"][before["ids"].flatten().long()]
+        )
+        assert (sample["classes"] == background).sum() == 1
+
+    alone = {"ids": torch.tensor([[1, 1, 4, 0]]).byte(), "classes": torch.arange(8)}
+    alone["classes"][alone["classes"] == background] = -1
+    found = data.name_background(alone, source)["ids"].flatten().tolist()
+    assert found[0] == found[1] not in (0, 1, 4)
+    assert found[2:] == [4, 0]
+
+
 def test_few_passes_shows_pure_noise_and_renames_what_is_given(tiny):
     ids = torch.tensor(np.stack([s["ids"] for s in scenes(8)])).byte()
     given = torch.where(torch.rand(8, 32, 32) < 0.5, ids, 0)
@@ -2326,8 +2392,8 @@ def test_few_passes_shows_pure_noise_and_renames_what_is_given(tiny):
     expected = diffusion.name_by_noise(tiny, ids, condition, noise=eps, passes=1)
     assert torch.equal(found["ids"], expected)
     assert torch.equal(found["given"], torch.where(given > 0, expected, 0))
-    assert torch.equal(timesteps[:6], j[:6])
-    assert timesteps[6:].tolist() == [999, 999]
+    assert torch.equal(timesteps[:4], j[:4])
+    assert timesteps[4:].tolist() == [999] * 4
     assert batch["ids"] is ids  # the batch itself is unharmed
 
 
@@ -2798,6 +2864,24 @@ def test_a_background_that_was_in_two_pieces_becomes_one_everywhere():
     found, _ = sample.stitch(tiles, (6, 8))
     assert len({found[0, 0], found[0, 7], found[5, 0], found[5, 7]}) == 1
     assert found[0, 3] != found[0, 0]
+
+
+def test_a_background_that_is_told_is_one_in_all_tiles():
+    """Two halves of a picture that no tile sees together, and an object that would be
+    the largest segment of its tile."""
+    sure = np.ones((4, 4))
+    wall = row("11555511").repeat(4, 0)
+    object_above = np.where(row("1111").repeat(4, 0) * [[0], [1], [1], [1]], 7, 1)
+    tiles = {
+        (0, 0): (wall[:, :4], sure),
+        (0, 4): (wall[:, 4:], sure),
+        (4, 0): (object_above, sure),
+    }
+    found, _ = sample.stitch(tiles, (8, 8), background=1)
+    assert (found[:4, [0, 1, 6, 7]] == 1).all() and (found[4, :4] == 1).all()
+    assert len({found[0, 2], found[0, 5], found[5, 0]} - {0, 1}) == 3
+    found, _ = sample.stitch(tiles, (8, 8))
+    assert found[0, 0] != found[0, 7]  # nothing tells that they are one
 
 
 def test_a_single_tile_is_returned_as_it_is():
@@ -3555,10 +3639,18 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     command = f"{TINY_LDM} --data . --train_split val --val_split val --out ."
     run(f"{command} --crop 32 --iters 1")
     model = sample.load("ldm.pt")
-    assert model.settings["postprocess"] == "connected"
+    assert model.settings["postprocess"] == "instances"
     assert 1 <= model.settings["min_area"] <= 512
     assert model.settings["crop"] == 32
-    assert read("ldm.json").keys() == {"images", "pq", "sq", "rq", "ap50"}
+    assert read("ldm.json").keys() == {
+        "images",
+        "pq",
+        "sq",
+        "rq",
+        "ap50",
+        "merged",
+        "missed",
+    }
     run("sample --ckpt ldm.pt --steps 1 --limit 1 --out out")
     assert "ap50" in read("out/sample.json")
 
