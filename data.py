@@ -2188,7 +2188,15 @@ class Augmented:
         sample = self.training.read(n)
         if self.crop:
             scale = rng.uniform(0.6, 1.4) if self.augment else 1
-            sample = crop_sample(sample, round(self.crop * scale), rng)
+            # with a part of a random segment: most squares of a sparse picture would
+            # show nothing but background
+            segments = [s["id"] for s in sample["segments_info"]]
+            sample = crop_sample(
+                sample,
+                round(self.crop * scale),
+                rng,
+                segment=int(rng.choice(segments)) if segments else None,
+            )
         result = self.training.prepare(sample, n)
         if self.training.source.background_id is not None:
             result = name_background(result, self.training.source)
@@ -2246,13 +2254,19 @@ class Crops:
         return crop_sample(self.source[index], self.side, rng)
 
 
-def crop_sample(sample, side, rng):
-    """A random square of `side` pixels of a sample; beyond a picture its edge goes
-    on.
+def crop_sample(sample, side, rng, segment=None):
+    """A random square of `side` pixels of a sample; beyond a picture its edge goes on.
+
+    segment: an id, one pixel of which lies in the square.
     """
     ids = sample["ids"]
-    top = rng.integers(max(ids.shape[0] - side, 0) + 1)
-    left = rng.integers(max(ids.shape[1] - side, 0) + 1)
+    lowest, rightmost = [max(length - side, 0) for length in ids.shape]
+    top = rng.integers(lowest + 1)
+    left = rng.integers(rightmost + 1)
+    if segment is not None:
+        y, x = rng.choice(np.argwhere(ids == segment))
+        top = min(max(y - rng.integers(side), 0), lowest)
+        left = min(max(x - rng.integers(side), 0), rightmost)
     rows = np.arange(top, top + side).clip(max=ids.shape[0] - 1)
     columns = np.arange(left, left + side).clip(max=ids.shape[1] - 1)
     box = np.ix_(rows, columns)

@@ -387,6 +387,21 @@ def test_a_crop_is_a_part_of_the_picture_and_repeats_its_edge_beyond_it():
     assert scene["image"].shape == (40, 40, 3)  # the sample itself is unharmed
 
 
+def test_a_crop_shows_the_segment_that_it_is_asked_for():
+    scene = Grey("train", 64)[0]
+    ids = np.zeros((64, 64), np.int32)
+    ids[60, 3] = 2
+    scene = {**scene, "ids": ids, "segments_info": data.describe(ids)}
+    corners = set()
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        found = data.crop_sample(scene, 8, rng, segment=2)["ids"]
+        assert found.shape == (8, 8)
+        corners.add(tuple(np.argwhere(found == 2)[0].tolist()))
+    # it can be anywhere in the crop that the picture's edges allow
+    assert corners == {(y, x) for y in range(4, 8) for x in range(4)}
+
+
 def test_evaluation_looks_at_the_same_crops_each_time():
     held_out = data.HeldOut(data.Crops(data.Shapes("v", 48), 16), limit=3)
     assert len(held_out) == 3
