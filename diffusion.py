@@ -357,9 +357,12 @@ class LDM(nn.Module):
         error = (output - self.ddim.target(z, eps, j)).square()  # B x 4 x h x w
         self.loss_weights = self.loss_weights.to(j.device)  # moves once
         w = self.loss_weights[j].view(-1, 1, 1, 1)  # B x 1 x 1 x 1
-        ids = batch["ids"][:, None].float()  # B x 1 x S x S
-        valid = F.interpolate(ids, size=z.shape[2:]) > 0  # B x 1 x h x w (top left)
-        return (w * error * valid).mean()  # void has no loss, but counts in the mean
+        return (w * error * self.cell_weights(batch["ids"])).mean()
+
+    def cell_weights(self, ids):
+        """B x S x S ids -> B x 1 x h x w: void has no loss, but counts in the mean."""
+        factor = self.autoencoder.factor
+        return (ids[:, None, ::factor, ::factor] > 0).float()  # a cell's top-left pixel
 
     @torch.no_grad()
     def sample(self, condition, noise, steps, trace=None):
@@ -482,6 +485,7 @@ def prepare(model, args, source):
         model.unet.enable_gradient_checkpointing()
     if source.background_id is not None:  # beyond the paper: instances are in one piece
         model.settings["postprocess"] = "instances"
+        model.cell_weights = functools.partial(instance_weights, model)
         model.settings["min_area"] = data.least_area(
             source,
             args.size,
@@ -950,7 +954,7 @@ def names_of(ids, chances, near=None):
     scores[:, 0] = -torch.inf  # void is no name
     competes = torch.ones(len(chances), len(chances), dtype=torch.bool)
     if near is not None:
-        around = F.max_pool2d(masks, 3 * near, stride=near, padding=near).flatten(1)
+        around = ids_around(ids, len(chances), near).flatten(1)  # N x hw
         competes = (around @ around.T > 0).cpu()  # N x N: some cell has both around it
         scores[:, data.BACKGROUND_SEGMENT] = -torch.inf
         scores[data.BACKGROUND_SEGMENT, data.BACKGROUND_SEGMENT] = 0  # certain
@@ -977,13 +981,35 @@ def prepare_few_passes(model, args):
     model.ddim = VDDIM(model.settings["beta_start"], model.settings["beta_end"])
 
 
-# =============================================== beyond the paper: objects in one piece
+# ========================================================== beyond the paper: instances
 def instance_ids(model, logits, height, width):
-    """Of instances: parts of an id that do not touch are segments of their own, but the
-    background (BACKGROUND_SEGMENT) stays whole.
+    """Parts of an id that do not touch are segments of their own, but the background
+    (BACKGROUND_SEGMENT) stays whole.
     """
     ids, probability = ae.likeliest(logits, height, width)
     return ae.connected(ids, background=data.BACKGROUND_SEGMENT), probability
+
+
+# What a cell counts in the loss if in it and the cells around it there is no object,
+# one, or more: most cells show only background, and few tell objects apart that touch.
+INSTANCE_WEIGHTS = torch.tensor([0.4, 1.0, 3.0])
+
+
+def instance_weights(model, ids):
+    """`LDM.cell_weights` for instances: B x S x S ids -> B x 1 x h x w."""
+    weights = LDM.cell_weights(model, ids)
+    for b, y in enumerate(ids):  # B x N x S x S would be large
+        around = ids_around(y, model.autoencoder.num_ids, model.autoencoder.factor)
+        around[[pq.VOID, data.BACKGROUND_SEGMENT]] = 0
+        objects = around.sum(0).long()  # h x w
+        weights[b, 0] *= INSTANCE_WEIGHTS.to(ids.device)[objects.clamp(max=2)]
+    return weights
+
+
+def ids_around(ids, num_ids, factor):
+    """S x S ids -> N x h x w: 1 if an id is in a cell or in one next to it, else 0."""
+    masks = F.one_hot(ids.long(), num_ids).permute(2, 0, 1).float()  # N x S x S
+    return F.max_pool2d(masks, 3 * factor, stride=factor, padding=factor)
 
 
 # =========================================== beyond the paper: the authors' checkpoints

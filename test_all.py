@@ -2371,6 +2371,19 @@ def test_the_noise_names_instances_apart_only_from_what_is_near():
     assert len(set(name[1:5].tolist())) == 4
 
 
+def test_cells_where_objects_meet_count_more_and_background_less(tiny):
+    ids = torch.ones(2, 32, 32).byte()  # 8 x 8 cells of background
+    ids[0, 12:16, 12:16] = 2  # the cell at (3, 3)
+    ids[0, 12:16, 20:24] = 3  # the cell at (3, 5)
+    ids[0, 0, 0] = 0
+    expected = torch.full((2, 1, 8, 8), 0.4)
+    expected[0, 0, 2:5, 2:7] = 1
+    expected[0, 0, 2:5, 4] = 3  # between the two
+    expected[0, 0, 0, 0] = 0  # void
+    assert torch.equal(diffusion.instance_weights(tiny, ids), expected)
+    assert tiny.cell_weights(ids).sum() == 127  # of panoptic maps: but for void, alike
+
+
 def test_the_background_of_instances_has_one_id_in_training(tmp_path):
     """All others keep their pixels and categories, and no object has that id."""
     write_coco(tmp_path, "instances")
@@ -3652,7 +3665,10 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     shutil.copy(trained / "ae.pt", tmp_path)
     write_coco(tmp_path, "instances", count=2)
     command = f"{TINY_LDM} --data . --train_split val --val_split val --out ."
-    run(f"{command} --crop 32 --iters 1")
+    weights = mock.Mock(wraps=diffusion.instance_weights)
+    with mock.patch.object(diffusion, "instance_weights", weights):
+        run(f"{command} --crop 32 --iters 1")
+    assert weights.called
     model = sample.load("ldm.pt")
     assert model.settings["postprocess"] == "instances"
     assert 1 <= model.settings["min_area"] <= 512
