@@ -2188,15 +2188,13 @@ class Augmented:
         sample = self.training.read(n)
         if self.crop:
             scale = rng.uniform(0.6, 1.4) if self.augment else 1
-            # with a part of a random segment: most squares of a sparse picture would
-            # show nothing but background
+            # half of the squares hold a part of a random segment: most squares of a
+            # sparse picture would show nothing but background
             segments = [s["id"] for s in sample["segments_info"]]
-            sample = crop_sample(
-                sample,
-                round(self.crop * scale),
-                rng,
-                segment=int(rng.choice(segments)) if segments else None,
-            )
+            segment = None
+            if segments and rng.random() < 0.5:
+                segment = int(rng.choice(segments))
+            sample = crop_sample(sample, round(self.crop * scale), rng, segment)
         result = self.training.prepare(sample, n)
         if self.training.source.background_id is not None:
             result = name_background(result, self.training.source)

@@ -990,9 +990,9 @@ def instance_ids(model, logits, height, width):
     return ae.connected(ids, background=data.BACKGROUND_SEGMENT), probability
 
 
-# What a cell counts in the loss if in it and the cells around it there is no object,
-# one, or more: most cells show only background, and few tell objects apart that touch.
-INSTANCE_WEIGHTS = torch.tensor([0.4, 1.0, 3.0])
+MEETING = (
+    3.0  # what cells around which objects meet count in the loss: few tell them apart
+)
 
 
 def instance_weights(model, ids):
@@ -1001,8 +1001,8 @@ def instance_weights(model, ids):
     for b, y in enumerate(ids):  # B x N x S x S would be large
         around = ids_around(y, model.autoencoder.num_ids, model.autoencoder.factor)
         around[[pq.VOID, data.BACKGROUND_SEGMENT]] = 0
-        objects = around.sum(0).long()  # h x w
-        weights[b, 0] *= INSTANCE_WEIGHTS.to(ids.device)[objects.clamp(max=2)]
+        objects = around.sum(0)  # h x w
+        weights[b, 0] *= torch.where(objects >= 2, MEETING, 1.0)
     return weights
 
 

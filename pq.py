@@ -323,8 +323,9 @@ class Instances:
         self.errors += (len(instances), merged, missed)
 
     def result(self):
-        """{"pq", "sq", "rq", "ap50", "merged", "missed"} as fractions; None if there was
-        no such sample.
+        """Fractions {"pq", "sq", "rq", "ap50", "merged", "missed"}, or None.
+
+        None stands for a figure that is not defined, or for all if no sample was added.
         """
         result = self.quality.result()
         if result["All"]["n"] == 0:

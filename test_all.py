@@ -368,7 +368,7 @@ def test_changed_samples_are_changed_in_all_their_parts():
         for s in data.describe(ids):
             own = grey[ids == s["id"]]
             alike = abs(own - np.median(own)) < 4  # all but the blurred edge
-            assert s["area"] < 100 or alike.mean() > 0.5
+            assert s["area"] < 150 or alike.mean() > 0.5
     plain = data.Augmented(training)
     exact(plain[3], training[3])
 
@@ -2371,13 +2371,12 @@ def test_the_noise_names_instances_apart_only_from_what_is_near():
     assert len(set(name[1:5].tolist())) == 4
 
 
-def test_cells_where_objects_meet_count_more_and_background_less(tiny):
+def test_cells_where_objects_meet_count_more(tiny):
     ids = torch.ones(2, 32, 32).byte()  # 8 x 8 cells of background
     ids[0, 12:16, 12:16] = 2  # the cell at (3, 3)
     ids[0, 12:16, 20:24] = 3  # the cell at (3, 5)
     ids[0, 0, 0] = 0
-    expected = torch.full((2, 1, 8, 8), 0.4)
-    expected[0, 0, 2:5, 2:7] = 1
+    expected = torch.ones(2, 1, 8, 8)
     expected[0, 0, 2:5, 4] = 3  # between the two
     expected[0, 0, 0, 0] = 0  # void
     assert torch.equal(diffusion.instance_weights(tiny, ids), expected)
