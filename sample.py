@@ -488,7 +488,7 @@ def main(argv=None):
 # in the overlaps become one.
 
 OVERLAP = 0.25  # share of a tile's side that the next tile shows too
-SAME = 0.5  # two segments are one if their IoU is above this; then no third one can be
+SAME = 0.3  # two segments can be one if their IoU is above this
 UNSEEN = -1  # a pixel of the picture that no tile has filled yet
 
 
@@ -582,8 +582,8 @@ def stitch(tiles, shape, background=None):
     will have in the picture. Returns its ids (H x W, int32, 0 = void) and its certainty
     (H x W, float32). If there is one tile, its ids stay as they are.
 
-    A segment is joined with one of earlier tiles if their IoU, counted where both can
-    be seen, is above 0.5. If no background is told, the largest segment of each tile
+    Segments are joined with those of earlier tiles, one to one, by falling IoU, counted
+    where both can be seen. If no background is told, the largest segment of each tile
     counts as one, which may consist of several pieces there: it is also joined with an
     earlier background of which it covers more than half, counted in the same pixels.
 
@@ -615,9 +615,9 @@ def stitch(tiles, shape, background=None):
         area = data.areas(ids)  # without void
         name_of = {VOID: VOID, background: background}
         overlaps = ious(here, there) if seen.any() else []  # none for the first tile
-        for segment, earlier, iou in overlaps:
-            known = segment in name_of or earlier in (VOID, background)
-            if iou > SAME and not known:
+        for segment, earlier, iou in sorted(overlaps, key=lambda o: -o[2]):
+            taken = segment in name_of or earlier in name_of.values()
+            if iou > SAME and not taken:
                 name_of[segment] = earlier
         for segment in area:
             if segment not in name_of:

@@ -2813,18 +2813,22 @@ def slow_stitch(tiles, shape):
         before = whole[top : top + ids.shape[0], left : left + ids.shape[1]]
         ids = ids[: before.shape[0], : before.shape[1]]
         seen = before >= 0
-        named = np.zeros(before.shape, int)
+        pairs = []  # (IoU, segment, earlier segment), the best first
         for i in np.unique(ids[ids > 0]):
-            name = None
             for k in np.unique(before[before > 0]):
                 both = (ids == i) & (before == k)
                 either = ((ids == i) & seen) | (before == k)
-                if 2 * both.sum() > either.sum():
-                    name = k
-            if name is None:
+                pairs.append((-both.sum() / either.sum(), i, k))
+        name_of = {}
+        for iou, i, k in sorted(pairs):
+            if -iou > 0.3 and i not in name_of and k not in name_of.values():
+                name_of[i] = k
+        named = np.zeros(before.shape, int)
+        for i in np.unique(ids[ids > 0]):
+            if i not in name_of:
                 used += 1
-                name = used
-            named[ids == i] = name
+                name_of[i] = used
+            named[ids == i] = name_of[i]
         if named.any():
             largest = np.bincount(named[named > 0]).argmax()
             for k in backgrounds:
