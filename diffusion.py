@@ -990,9 +990,10 @@ def instance_ids(model, logits, height, width):
     return ae.connected(ids, background=data.BACKGROUND_SEGMENT), probability
 
 
-MEETING = (
-    3.0  # what cells around which objects meet count in the loss: few tell them apart
-)
+# What a cell counts in the loss if there are two objects or more in it and the cells
+# next to it. Cells with parts of two objects are less than one in a hundred, and alone
+# decide whether objects that touch are told apart.
+MEETING = 3.0
 
 
 def instance_weights(model, ids):
