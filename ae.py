@@ -570,7 +570,7 @@ def load_sd(name, network, part):
 
 # --------------------------------------------------------------------- beyond the paper
 def connected(ids, background):
-    """For objects in one piece: parts of a segment that do not touch become segments.
+    """Split segments into their connected parts, for objects that are in one piece.
 
     ids: H x W, 0 = void. The segment whose id is `background` stays whole.
     """

@@ -67,7 +67,7 @@ WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 EPOCHS, SAMPLES, IDS, BLOCKS, CHANGES = range(1, 6)  # random streams, see above
 
-BACKGROUND_SEGMENT = 1  # id of all that is no object, in data of instances
+BACKGROUND_SEGMENT = 1  # of instances: the id of all that is no object
 
 
 class BadInput(ValueError):
@@ -2165,8 +2165,8 @@ def check(source, size, num_ids, crop=0):
 
 # =================================================================== beyond the paper
 # Random squares of large pictures (--crop), other colours and quarter turns
-# (--augment), and parts of maps that are given (--given): the mains wrap `Augmented`
-# around `TrainingSet`.
+# (--augment), parts of maps that are given (--given), and one id for the background of
+# instances: the mains wrap `Augmented` around `TrainingSet`.
 @dataclass
 class Augmented:
     """A stream of training samples (`TrainingSet`), changed. What changes follows from
@@ -2179,6 +2179,7 @@ class Augmented:
         0.0  # amount of other colours; with any also turns and scaled crops
     )
     given: float = 0.0  # share of samples with a partial map
+    background: bool = False  # see `name_background`
 
     def __getitem__(self, n):
         """A training sample, and `given`: S x S, uint8, a part of its ids, 0 =
@@ -2190,13 +2191,13 @@ class Augmented:
             scale = rng.uniform(0.6, 1.4) if self.augment else 1
             # half of the squares hold a part of a random segment: most squares of a
             # sparse picture would show nothing but background
-            segments = [s["id"] for s in sample["segments_info"]]
+            segments = [s["id"] for s in sample["segments_info"] if not s["iscrowd"]]
             segment = None
             if segments and rng.random() < 0.5:
                 segment = int(rng.choice(segments))
             sample = crop_sample(sample, round(self.crop * scale), rng, segment)
         result = self.training.prepare(sample, n)
-        if self.training.source.background_id is not None:
+        if self.background:
             result = name_background(result, self.training.source)
         if self.augment:
             turns = int(rng.integers(4))
@@ -2213,22 +2214,24 @@ class Augmented:
 
 
 def name_background(sample, source):
-    """A training sample of instances whose background has the id BACKGROUND_SEGMENT.
+    """Swap ids of a training sample: its background gets the id BACKGROUND_SEGMENT.
 
     So the network learns which pixels are background, and need not choose one of N - 1
-    ids for it. The segment that had this id gets the background's, or an unused one if
-    there is no background.
+    ids for it. If there is no background, the segment that has this id gets an unused
+    one, or becomes void if there is none. source: of the sample, with a background_id.
     """
     ids = sample["ids"]
     classes = sample["classes"]
     category = [c["id"] for c in source.categories].index(source.background_id)
-    candidates = (classes == category).nonzero().flatten().tolist()
-    if not candidates:
-        unused = set(range(1, len(classes))) - set(ids.unique().tolist())
-        candidates = [*unused, BACKGROUND_SEGMENT]
+    partners = (classes == category).nonzero().flatten().tolist()
+    if not partners:
+        partners = sorted(set(range(1, len(classes))) - set(ids.unique().tolist()))
+    if not partners:
+        ids = torch.where(ids == BACKGROUND_SEGMENT, 0, ids)
+        partners = [BACKGROUND_SEGMENT]
     new_id = torch.arange(len(classes), dtype=torch.uint8)
-    new_id[candidates[0]] = BACKGROUND_SEGMENT
-    new_id[BACKGROUND_SEGMENT] = candidates[0]
+    new_id[partners[0]] = BACKGROUND_SEGMENT
+    new_id[BACKGROUND_SEGMENT] = partners[0]
     return {**sample, "ids": new_id[ids.long()], "classes": classes[new_id.long()]}
 
 
@@ -2255,7 +2258,7 @@ class Crops:
 def crop_sample(sample, side, rng, segment=None):
     """A random square of `side` pixels of a sample; beyond a picture its edge goes on.
 
-    segment: an id, one pixel of which lies in the square.
+    segment: an id; the square then contains a random pixel of this segment.
     """
     ids = sample["ids"]
     lowest, rightmost = [max(length - side, 0) for length in ids.shape]

@@ -483,6 +483,8 @@ def prepare(model, args, source):
     if args.model != "small":
         model.unet.time_embedding.requires_grad_(False)  # as the authors do
         model.unet.enable_gradient_checkpointing()
+    if model.settings["postprocess"] == "instances":  # of --ckpt's data
+        model.settings.update(postprocess="paper", min_area=None)
     if source.background_id is not None:  # beyond the paper: instances are in one piece
         model.settings["postprocess"] = "instances"
         model.cell_weights = functools.partial(instance_weights, model)
@@ -536,7 +538,11 @@ def main(argv=None):
     instances = train_source.background_id is not None
     if instances or args.crop or args.augment or args.given:  # beyond the paper
         training = data.Augmented(
-            training, crop=args.crop, augment=args.augment, given=args.given
+            training,
+            crop=args.crop,
+            augment=args.augment,
+            given=args.given,
+            background=instances,
         )
     if args.crop:  # beyond the paper
         val_source = data.Crops(val_source, args.crop)
@@ -667,6 +673,10 @@ def load_model(path, **changes):
         kinds = (int, float) if kinds is float else kinds
         if not isinstance(settings[name], kinds):
             raise BadInput(f"{path}: its setting {name} is {settings[name]!r:.40}")
+    if settings["postprocess"] not in ("paper", *POSTPROCESS):
+        raise BadInput(
+            f"{path}: its setting postprocess is {settings['postprocess']!r:.40}"
+        )
     settings.update(changes)
     with data.reading(path, "checkpoint whose weights fit its settings"):
         image_encoder = dict(settings["image_encoder"])
@@ -895,7 +905,7 @@ def tell_given(model):
 # From pure noise the best estimate of z^0 is a mean over all numberings of the
 # segments, for ids are random: one pass shows a blur. So with --distill the noise
 # chooses the numbering: each true segment gets the id that the model's own sample from
-# this very noise would give it.
+# this very noise would give it. (The background of instances has one id in any case.)
 def few_passes(model, batch, eps, j, passes):
     """The batch with ids that the noise chooses, and timesteps of which half are T-1.
 
@@ -903,38 +913,41 @@ def few_passes(model, batch, eps, j, passes):
     noise's choice.
     """
     batch = dict(batch)
+    instances = model.settings["postprocess"] == "instances"
     batch["ids"] = name_by_noise(
         model,
         batch["ids"],
         condition=model.condition({"image": batch["image"]}),
         noise=eps,
         passes=passes,
-        instances=model.settings["postprocess"] == "instances",
+        fixed=data.BACKGROUND_SEGMENT if instances else None,
+        near=model.autoencoder.factor if instances else None,
     )
     if "given" in batch:
         batch["given"] = torch.where(batch["given"] > 0, batch["ids"], 0)
     j = j.clone()
-    j[len(j) // 2 :] = model.ddim.T - 1  # the last ones: not self-conditioned
+    # the last ones, which are not self-conditioned if half of the samples are
+    j[math.ceil(len(j) / 2) :] = model.ddim.T - 1
     return batch, j
 
 
 @torch.no_grad()
-def name_by_noise(model, ids, condition, noise, passes, instances=False):
+def name_by_noise(model, ids, condition, noise, passes, fixed=None, near=None):
     """Rename the segments of id maps (B x S x S) as a sample from this noise would.
 
-    condition, noise: as `LDM.sample` takes them; instances: see `names_of`.
+    condition, noise: as `LDM.sample` takes them; fixed, near: see `names_of`.
     """
     renamed = torch.zeros_like(ids)
     z0 = model.sample(condition, noise, passes)
-    for b, logits in enumerate(model.decode(z0)):  # B x N x S x S would be large
-        logits = ae.resize(logits, *ids.shape[1:])  # N x S x S
-        factor = model.autoencoder.factor if instances else None
-        name = names_of(ids[b], logits.log_softmax(0), near=factor)
-        renamed[b] = name[ids[b].long()]
+    with torch.autocast(ids.device.type, enabled=False):  # sums over all pixels
+        for b, logits in enumerate(model.decode(z0)):  # B x N x S x S would be large
+            logits = ae.resize(logits, *ids.shape[1:])  # N x S x S
+            name = names_of(ids[b], logits.log_softmax(0), fixed, near)
+            renamed[b] = name[ids[b].long()]
     return renamed
 
 
-def names_of(ids, chances, near=None):
+def names_of(ids, chances, fixed=None, near=None):
     """New names for the segments of an id map (S x S): a table of N ids.
 
     From the largest to the smallest segment, each takes the free id that is likeliest
@@ -942,9 +955,10 @@ def names_of(ids, chances, near=None):
     segment that the sample merges with another has a name that follows from the noise,
     too.
 
-    near: for maps of instances, the side of a cell in pixels. Their background keeps
-    its id, and an id is taken only from the segments of the cells around: parts that
-    do not touch are told apart all the same (see `instance_ids`).
+    For maps of instances: `fixed` is the id of the background, which keeps it; `near`
+    is the side of a cell in pixels: two segments need different ids only if they come
+    within a cell of each other, because parts that do not touch become segments anyway
+    (`instance_ids`).
     """
     masks = F.one_hot(ids.long(), len(chances)).float()  # S x S x N
     masks = masks.permute(2, 0, 1)  # N x S x S
@@ -956,8 +970,9 @@ def names_of(ids, chances, near=None):
     if near is not None:
         around = ids_around(ids, len(chances), near).flatten(1)  # N x hw
         competes = (around @ around.T > 0).cpu()  # N x N: some cell has both around it
-        scores[:, data.BACKGROUND_SEGMENT] = -torch.inf
-        scores[data.BACKGROUND_SEGMENT, data.BACKGROUND_SEGMENT] = 0  # certain
+    if fixed is not None:
+        scores[:, fixed] = -torch.inf
+        scores[fixed, fixed] = 0  # certain
 
     pixels = pixels.cpu()
     by_size = pixels.argsort(descending=True).tolist()
@@ -983,16 +998,16 @@ def prepare_few_passes(model, args):
 
 # ========================================================== beyond the paper: instances
 def instance_ids(model, logits, height, width):
-    """Parts of an id that do not touch are segments of their own, but the background
-    (BACKGROUND_SEGMENT) stays whole.
+    """Each connected part of an id becomes a segment of its own, except for the
+    background (BACKGROUND_SEGMENT), which stays whole.
     """
     ids, probability = ae.likeliest(logits, height, width)
     return ae.connected(ids, background=data.BACKGROUND_SEGMENT), probability
 
 
-# What a cell counts in the loss if there are two objects or more in it and the cells
-# next to it. Cells with parts of two objects are less than one in a hundred, and alone
-# decide whether objects that touch are told apart.
+# Loss weight of a cell if it and its neighbours together hold parts of two or more
+# objects. Few cells do, and they alone decide whether objects that touch are told
+# apart.
 MEETING = 3.0
 
 

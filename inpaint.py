@@ -80,7 +80,7 @@ def inpaint(model, condition, known, M, noise, steps):
     return z0
 
 
-def random_names(sample_, num_ids, seed):
+def random_names(model, sample_, seed):
     """A sample's partial map in random ids 1..N-1, as in training.
 
     Returns the map and {given id: random id}. The largest segments are kept if there
@@ -88,6 +88,9 @@ def random_names(sample_, num_ids, seed):
     """
     given = sample_["given"]
     rng = data.stream_of(sample_, seed, data.IDS)
+    num_ids = model.autoencoder.num_ids
+    if model.settings["postprocess"] == "instances":  # beyond the paper
+        return instance_names(given, num_ids, rng)
     return data.relabel(given, data.describe(given), num_ids=num_ids, rng=rng)
 
 
@@ -106,7 +109,7 @@ def complete_maps(model, samples, steps, seed):
     size = model.settings["size"]
     partial, names = [], []
     for s in samples:
-        y, name_of = random_names(s, model.autoencoder.num_ids, seed)
+        y, name_of = random_names(model, s, seed)
         partial.append(data.resize_ids(y, size, size))
         names.append(name_of)
     given = torch.from_numpy(np.stack(partial)).to(model.unet.device)  # B x S x S
@@ -215,9 +218,7 @@ def complete(model, samples, method, steps, seed):
     draw = functools.partial(method, steps=steps, seed=seed)
     with data.sampling_autocast(model.unet.device):
         if model.settings["crop"] and method is not input_maps:  # beyond the paper
-            by_content = method is complete_maps  # whose ids are not the network's
-            background = None if by_content else sample.background_of(model)
-            found = complete_in_tiles(model, samples, draw, background=background)
+            found = complete_in_tiles(model, samples, draw)
         else:
             found = draw(model, samples)
     completed = []
@@ -340,19 +341,24 @@ def told_maps(model, samples, steps, seed):
 
     The given ids first get the names that the noise would choose, and afterwards
     segments the given id that they cover most. Takes and returns what `complete_maps`
-    does.
+    does, but leaves tiles as the network names them.
     """
     size = model.settings["size"]
     partial = []
     for s in samples:
-        y, _ = random_names(s, model.autoencoder.num_ids, seed)
+        y, _ = random_names(model, s, seed)
         partial.append(data.resize_ids(y, size, size))
     given = torch.from_numpy(np.stack(partial)).to(model.unet.device)  # B x S x S
     noise, _ = diffusion.noise_of(model, samples, seed)
     batch = diffusion.batch_of(model, samples)
     nothing_told = model.condition(batch)
     given = diffusion.name_by_noise(
-        model, given, nothing_told, noise=noise, passes=steps
+        model,
+        given,
+        nothing_told,
+        noise=noise,
+        passes=steps,
+        fixed=sample.background_of(model),
     )
     told = model.condition({**batch, "given": given})
     # Only whole cells are held: the latent of one with a hole is not that of the map.
@@ -368,14 +374,15 @@ def told_maps(model, samples, steps, seed):
     found = []
     for s, logits in zip(samples, model.decode(z0)):
         found.append(diffusion.to_ids(model, logits, *s["given"].shape))
-    return named_by_cover(samples, found)
+    return named_by_cover(model, samples, found)
 
 
 def renamed_maps(model, samples, steps, seed):
     """Algorithm 2, which knows nothing of the given part; then segments get given
     ids.
     """
-    return named_by_cover(samples, diffusion.sample_maps(model, samples, steps, seed))
+    found = diffusion.sample_maps(model, samples, steps, seed)
+    return named_by_cover(model, samples, found)
 
 
 def input_maps(model, samples, steps, seed):
@@ -383,46 +390,72 @@ def input_maps(model, samples, steps, seed):
     return [(s["given"], np.ones(s["given"].shape, np.float32)) for s in samples]
 
 
-def name_by_cover(ids, given):
+def instance_names(given, num_ids, rng):
+    """As `random_names`, for a model of instances: the background keeps its id."""
+    background = data.BACKGROUND_SEGMENT  # 1, so that objects have 2..N-1
+    objects = np.where(given == background, 0, given)
+    y, name_of = data.relabel(
+        objects, data.describe(objects), num_ids=num_ids - 1, rng=rng
+    )
+    y = np.where(y > 0, y + 1, 0).astype(np.uint8)
+    y[given == background] = background
+    name_of = {i: name + 1 for i, name in name_of.items()}
+    if (given == background).any():
+        name_of[background] = background
+    return y, name_of
+
+
+def name_by_cover(ids, given, background=None):
     """Rename segments (H x W): each gets the given id (0 = unknown) that it covers
     most.
 
     A segment that covers nothing given gets an unused id. Less than a twentieth of what
     is given of an id is a click that touches its surroundings, and does not count.
+    background: an id that only the background has, in both maps.
     """
     given_area = data.areas(given)
     best = {}  # segment -> the given id that it covers most, and how many pixels
     for segment, i, pixels in pq.overlaps(ids, given):
         if segment == 0 or i == 0 or pixels < 0.05 * given_area[i]:
             continue
+        if background in (segment, i):
+            continue
         if pixels > best.get(segment, (0, 0))[1]:
             best[segment] = i, pixels
-    unused = (n for n in itertools.count(1) if n not in given_area)
+    unused = (n for n in itertools.count(1) if n not in given_area and n != background)
     table = np.zeros(int(ids.max()) + 1, np.int32)
     for segment in data.areas(ids):
-        table[segment] = best[segment][0] if segment in best else next(unused)
+        if segment == background:
+            table[segment] = background
+        else:
+            table[segment] = best[segment][0] if segment in best else next(unused)
     return table[ids]
 
 
-def named_by_cover(samples, found):
+def named_by_cover(model, samples, found):
     """(ids, probability) of samples, named by what they cover of `given`.
 
     Tiles keep the network's ids: the picture that they are joined to is named.
     """
+    background = sample.background_of(model)
     named = []
     for s, (ids, probability) in zip(samples, found):
         if "place" not in s:
-            ids = name_by_cover(ids, s["given"])
+            ids = name_by_cover(ids, s["given"], background=background)
         named.append((ids, probability))
     return named
 
 
-def complete_in_tiles(model, samples, draw, background):
+def complete_in_tiles(model, samples, draw):
     """`draw` on tiles of pictures, joined and named by what is covered of `given`."""
     found = sample.sample_in_tiles(
-        model, samples, draw, batch_size=16, background=background
+        model,
+        samples,
+        draw,
+        batch_size=16,
+        background=sample.background_of(model),
     )
-    return named_by_cover(samples, found)
+    return named_by_cover(model, samples, found)
 
 
 if __name__ == "__main__":

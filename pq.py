@@ -163,7 +163,10 @@ class Score:
         )
 
     def result(self):
-        """{"pq", "sq", "rq"} in percent over all processes; None without segments."""
+        """{"pq", "sq", "rq"} in percent over all processes; None without segments.
+
+        For instances there are more, see `Instances.result`.
+        """
         figures = self.instances.result()  # beyond the paper
         if figures is None:
             figures = self.quality.result()["All"]
@@ -274,9 +277,10 @@ class Instances:
     They are matched together with the background, and counted without it. The predicted
     segment that covers most of the background, and mostly background, is the predicted
     one. Beside PQ this gives AP50 = TP / (TP + FP + FN) at IoU 0.5, as the nuclei data
-    uses it, and two kinds of errors as shares of the true instances: merged ones lie,
-    by most of their pixels, in a segment in which another one does; missed ones lie in
-    the background or in void.
+    uses it, and two kinds of errors as shares of the true instances. A merged one lies
+    mostly inside a predicted segment that also holds most of another one (of two, one
+    can match that segment all the same); a missed one lies mostly in the background or
+    in void.
     """
 
     def __init__(self):

@@ -363,8 +363,9 @@ def segment_files(model, held_out, args):
             name = s["name"]
             try:
                 data.write_id_png(f"{args.out}/predictions/{name}.png", ids)
-                [shown] = data.renumber(ids)
-                overlay = data.overlay(s["image"], shown)
+                background = background_of(model)
+                [shown] = data.renumber(ids, background=background)
+                overlay = data.overlay(s["image"], shown, background=background)
                 data.write(f"{args.out}/overlays/{name}.png", overlay)
             except BadInput as error:  # one bad name does not cost the others
                 data.say_once(f"note: left out: {error}")
@@ -548,8 +549,8 @@ class Names:
     """The ids of a joined picture, some of which turn out to be of the same segment.
 
     A union-find table: `older[i]` is an older id of the same segment, or i itself if i
-    is its oldest. To join two ids, one entry changes, and no pixel. reserved: ids up to
-    this one are never new.
+    is its oldest. To join two ids, one entry changes, and no pixel. Ids up to
+    `reserved` are never handed out.
     """
 
     def __init__(self, reserved=VOID):
@@ -582,10 +583,11 @@ def stitch(tiles, shape, background=None):
     will have in the picture. Returns its ids (H x W, int32, 0 = void) and its certainty
     (H x W, float32). If there is one tile, its ids stay as they are.
 
-    Segments are joined with those of earlier tiles, one to one, by falling IoU, counted
-    where both can be seen. If no background is told, the largest segment of each tile
-    counts as one, which may consist of several pieces there: it is also joined with an
-    earlier background of which it covers more than half, counted in the same pixels.
+    Segments are joined with those of earlier tiles, one to one: the pair with the
+    highest IoU first, counted where both can be seen, down to 0.3. If `background` is
+    None, the largest segment of each tile counts as a background, which may consist of
+    several pieces there: it is also joined with an earlier background of which it
+    covers more than half, counted in the same pixels.
 
     Each tile looks only at its own box, and ids that are joined go into a table, which
     is applied once at the end: the work grows as the number of pixels does.
@@ -623,7 +625,7 @@ def stitch(tiles, shape, background=None):
             if segment not in name_of:
                 name_of[segment] = names.new()
 
-        # a background that is not told is joined with those of earlier tiles
+        # a background without an id of its own is joined with those of earlier tiles
         oldest_first = sorted(area, key=name_of.get)  # the first wins a tie
         largest = max(oldest_first, key=area.get, default=VOID)
         if background is None and largest != VOID:
@@ -653,7 +655,7 @@ def replace_ids(ids, new_id):
 
 
 def background_of(model):
-    """The id of the background in a model's maps: of instances alone, else None."""
+    """The background's id in the maps of a model of instances; None for others."""
     instances = model.settings["postprocess"] == "instances"
     return data.BACKGROUND_SEGMENT if instances else None
 

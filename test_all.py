@@ -402,6 +402,21 @@ def test_a_crop_shows_the_segment_that_it_is_asked_for():
     assert corners == {(y, x) for y in range(4, 8) for x in range(4)}
 
 
+def test_half_of_the_training_crops_hold_a_random_segment():
+    """The only segment is a pixel, which few uniform crops hold; a crowd is no aim."""
+    ids = np.zeros((64, 64), np.int32)
+    ids[40, 30] = 2
+    ids[:8, :8] = 3
+    scene = {**Grey("train", 64)[0], "ids": ids, "segments_info": data.describe(ids)}
+    scene["segments_info"][1]["iscrowd"] = 1
+    source = mock.MagicMock(endless=True, categories=[], background_id=None)
+    source.__getitem__.return_value = scene
+    training = data.TrainingSet(source, 8, num_ids=8, min_area=1)
+    crops = data.Augmented(training, crop=8)
+    shown = sum(int((crops[n]["ids"] > 0).any()) for n in range(200))
+    assert 80 < shown < 125  # half of them, and a few of the others
+
+
 def test_evaluation_looks_at_the_same_crops_each_time():
     held_out = data.HeldOut(data.Crops(data.Shapes("v", 48), 16), limit=3)
     assert len(held_out) == 3
@@ -2364,7 +2379,7 @@ def test_the_noise_names_instances_apart_only_from_what_is_near():
     chances = torch.full((8, 8, 32), -9.0)
     chances[5] = 0  # the sample shows one segment, 5,
     chances[6] = -4  # and 6 comes next
-    name = diffusion.names_of(ids, chances, near=4)
+    name = diffusion.names_of(ids, chances, fixed=1, near=4)
     assert name.tolist() == [0, 1, 5, 6, 5, 0, 0, 0]
     name = diffusion.names_of(ids, chances)  # the background is the largest segment
     assert sorted(name[1:5].tolist()[:2]) == [5, 6]
@@ -2391,7 +2406,7 @@ def test_the_background_of_instances_has_one_id_in_training(tmp_path):
     training = data.TrainingSet(source, 32, num_ids=8)
     for n in range(12):
         before = training[n]
-        sample = data.Augmented(training)[n]
+        sample = data.Augmented(training, background=True)[n]
         ids = sample["ids"].flatten().long()
         assert same_partition(sample["ids"].numpy(), before["ids"].numpy())
         assert sample["classes"][1] == background
@@ -2421,6 +2436,9 @@ def test_few_passes_shows_pure_noise_and_renames_what_is_given(tiny):
     assert torch.equal(found["given"], torch.where(given > 0, expected, 0))
     assert torch.equal(timesteps[:4], j[:4])
     assert timesteps[4:].tolist() == [999] * 4
+    one = {"ids": ids[:1], "image": images[:1]}
+    _, timesteps = diffusion.few_passes(tiny, one, eps=eps[:1], j=j[:1], passes=1)
+    assert torch.equal(timesteps, j[:1])  # a micro-batch of one sees all timesteps
     assert batch["ids"] is ids  # the batch itself is unharmed
 
 
@@ -3230,7 +3248,7 @@ def test_algorithm_3_gives_ids_back_by_content(tiny):
     given[:2, 8:16] = 70_000
     picture = {**scenes(1)[0], "given": given}
     num_ids = tiny.autoencoder.num_ids
-    y, name_of = inpaint.random_names(picture, num_ids, seed=0)
+    y, name_of = inpaint.random_names(tiny, picture, seed=0)
     assert name_of.keys() == {900, 70_000}
     assert np.array_equal(y, np.vectorize({0: 0, **name_of}.get)(given))
     free = next(n for n in range(1, num_ids) if n not in name_of.values())
@@ -3284,6 +3302,26 @@ def test_segments_get_the_given_id_that_they_cover_most_or_an_unused_one():
     assert np.array_equal(done[:, :12], row("555555588880"))
     assert done[0, 12] not in (0, 5, 8)
     assert done.dtype == np.int32
+
+
+def test_the_background_of_instances_keeps_its_id_in_completion(tiny):
+    """Whatever is clicked on in it, and also where no part of it is given."""
+    tiny.settings["postprocess"] = "instances"
+    given = row("1170033000").repeat(4, 0)
+    given[given == 7] = 70_000
+    picture = {"given": given, "image_id": 0}
+    for seed in range(9):
+        y, name_of = inpaint.random_names(tiny, picture, seed)
+        assert y.dtype == np.uint8
+        assert same_partition(y, given)
+        assert all((y[given == i] == name_of[i]).all() for i in (1, 3, 70_000))
+        assert name_of[1] == 1
+
+    found = row("1111144555").repeat(4, 0)
+    done = inpaint.name_by_cover(found, given, background=1)
+    assert np.array_equal(done, row("1111133222").repeat(4, 0))
+    done = inpaint.name_by_cover(found, np.where(given == 1, 0, given), background=1)
+    assert np.array_equal(done, row("1111133222").repeat(4, 0))
 
 
 def test_a_given_pixel_that_strays_into_a_neighbour_does_not_name_it():
@@ -3669,9 +3707,12 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     write_coco(tmp_path, "instances", count=2)
     command = f"{TINY_LDM} --data . --train_split val --val_split val --out ."
     weights = mock.Mock(wraps=diffusion.instance_weights)
+    names = mock.Mock(wraps=diffusion.names_of)
     with mock.patch.object(diffusion, "instance_weights", weights):
-        run(f"{command} --crop 32 --iters 1")
+        with mock.patch.object(diffusion, "names_of", names):
+            run(f"{command} --crop 32 --iters 1 --distill 1")
     assert weights.called
+    assert {call.args[2:] for call in names.mock_calls} == {(1, 4)}  # fixed, near
     model = sample.load("ldm.pt")
     assert model.settings["postprocess"] == "instances"
     assert 1 <= model.settings["min_area"] <= 512
@@ -3687,6 +3728,12 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     }
     run("sample --ckpt ldm.pt --steps 1 --limit 1 --out out")
     assert "ap50" in read("out/sample.json")
+    run("inpaint --ckpt ldm.pt --steps 1 --limit 1 --click 4 --out out")
+
+    run(f"{TINY_LDM} --ckpt ldm.pt --data shapes --iters 1 --out scenes")
+    settings = sample.load("scenes/ldm.pt").settings
+    assert settings["postprocess"] == "paper"
+    assert settings["min_area"] is None
 
 
 # -------------------------------------------------- sample.py and inpaint.py, as used
