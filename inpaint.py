@@ -400,9 +400,7 @@ def instance_names(given, num_ids, rng):
     y = np.where(y > 0, y + 1, 0).astype(np.uint8)
     y[given == background] = background
     name_of = {i: name + 1 for i, name in name_of.items()}
-    if (given == background).any():
-        name_of[background] = background
-    return y, name_of
+    return y, {**name_of, background: background}
 
 
 def name_by_cover(ids, given, background=None):

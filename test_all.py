@@ -1708,6 +1708,10 @@ def test_a_setting_of_another_type_is_refused_by_name(tmp_path, trained, capsys)
         rewrite(path, size="64")
         line = refused(capsys, f"{script} --ckpt", path)
         assert "its setting size is '64'" in line
+    path = shutil.copy(trained / "ldm.pt", tmp_path)
+    rewrite(path, postprocess="connected")  # of an earlier version
+    line = refused(capsys, "sample --limit 1 --ckpt", path)
+    assert "its setting postprocess is 'connected'" in line
 
 
 @pytest.mark.parametrize("script, stage", [("ae", "ae"), ("diffusion", "ldm")])
