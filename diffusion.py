@@ -410,6 +410,12 @@ def to_ids(model, logits, height, width):
     return ae.likeliest(logits, height, width)
 
 
+def background_of(model):
+    """The background's id in the maps of a model of instances (beyond the paper)."""
+    instances = model.settings["postprocess"] == "instances"
+    return data.BACKGROUND_SEGMENT if instances else None  # panoptic maps have none
+
+
 def sample_maps(model, samples, steps, seed):
     """Algorithm 2 on samples (image: H x W x 3): (ids, probability) for each."""
     condition = model.condition(batch_of(model, samples))
@@ -535,7 +541,7 @@ def main(argv=None):
     training = data.TrainingSet(
         train_source, args.size, num_ids=num_ids, seed=args.seed
     )
-    instances = train_source.background_id is not None
+    instances = train_source.background_id is not None  # beyond the paper
     if instances or args.crop or args.augment or args.given:  # beyond the paper
         training = data.Augmented(
             training,
@@ -913,15 +919,15 @@ def few_passes(model, batch, eps, j, passes):
     noise's choice.
     """
     batch = dict(batch)
-    instances = model.settings["postprocess"] == "instances"
+    background = background_of(model)
     batch["ids"] = name_by_noise(
         model,
         batch["ids"],
         condition=model.condition({"image": batch["image"]}),
         noise=eps,
         passes=passes,
-        fixed=data.BACKGROUND_SEGMENT if instances else None,
-        near=model.autoencoder.factor if instances else None,
+        fixed=background,
+        near=None if background is None else model.autoencoder.factor,
     )
     if "given" in batch:
         batch["given"] = torch.where(batch["given"] > 0, batch["ids"], 0)
@@ -960,15 +966,14 @@ def names_of(ids, chances, fixed=None, near=None):
     within a cell of each other, because parts that do not touch become segments anyway
     (`instance_ids`).
     """
-    masks = F.one_hot(ids.long(), len(chances)).float()  # S x S x N
-    masks = masks.permute(2, 0, 1)  # N x S x S
+    masks = masks_of(ids, len(chances))  # N x S x S
     pixels = masks.sum((1, 2))  # N
     scores = chances.flatten(1) @ masks.flatten(1).T  # N new x N old
     scores = (scores / pixels.clamp(min=1)).T.cpu()  # N old x N new ids
     scores[:, 0] = -torch.inf  # void is no name
     competes = torch.ones(len(chances), len(chances), dtype=torch.bool)
     if near is not None:
-        around = ids_around(ids, len(chances), near).flatten(1)  # N x hw
+        around = cells_around(masks, near).flatten(1)  # N x hw
         competes = (around @ around.T > 0).cpu()  # N x N: some cell has both around it
     if fixed is not None:
         scores[:, fixed] = -torch.inf
@@ -1015,16 +1020,21 @@ def instance_weights(model, ids):
     """`LDM.cell_weights` for instances: B x S x S ids -> B x 1 x h x w."""
     weights = LDM.cell_weights(model, ids)
     for b, y in enumerate(ids):  # B x N x S x S would be large
-        around = ids_around(y, model.autoencoder.num_ids, model.autoencoder.factor)
+        masks = masks_of(y, model.autoencoder.num_ids)  # N x S x S
+        around = cells_around(masks, model.autoencoder.factor)  # N x h x w
         around[[pq.VOID, data.BACKGROUND_SEGMENT]] = 0
         objects = around.sum(0)  # h x w
         weights[b, 0] *= torch.where(objects >= 2, MEETING, 1.0)
     return weights
 
 
-def ids_around(ids, num_ids, factor):
-    """S x S ids -> N x h x w: 1 if an id is in a cell or in one next to it, else 0."""
-    masks = F.one_hot(ids.long(), num_ids).permute(2, 0, 1).float()  # N x S x S
+def masks_of(ids, num_ids):
+    """S x S ids -> N x S x S, float: 1 where a pixel has an id, else 0."""
+    return F.one_hot(ids.long(), num_ids).permute(2, 0, 1).float()
+
+
+def cells_around(masks, factor):
+    """N x S x S masks -> N x h x w: 1 if a mask is in a cell or in one next to it."""
     return F.max_pool2d(masks, 3 * factor, stride=factor, padding=factor)
 
 

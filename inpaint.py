@@ -358,7 +358,7 @@ def told_maps(model, samples, steps, seed):
         nothing_told,
         noise=noise,
         passes=steps,
-        fixed=sample.background_of(model),
+        fixed=diffusion.background_of(model),
     )
     told = model.condition({**batch, "given": given})
     # Only whole cells are held: the latent of one with a hole is not that of the map.
@@ -435,7 +435,7 @@ def named_by_cover(model, samples, found):
 
     Tiles keep the network's ids: the picture that they are joined to is named.
     """
-    background = sample.background_of(model)
+    background = diffusion.background_of(model)
     named = []
     for s, (ids, probability) in zip(samples, found):
         if "place" not in s:
@@ -446,13 +446,7 @@ def named_by_cover(model, samples, found):
 
 def complete_in_tiles(model, samples, draw):
     """`draw` on tiles of pictures, joined and named by what is covered of `given`."""
-    found = sample.sample_in_tiles(
-        model,
-        samples,
-        draw,
-        batch_size=16,
-        background=sample.background_of(model),
-    )
+    found = sample.sample_in_tiles(model, samples, draw, batch_size=16)
     return named_by_cover(model, samples, found)
 
 

@@ -118,15 +118,7 @@ def sample_batch(model, samples, steps, seed, batch_size):
     draw = functools.partial(diffusion.sample_maps, steps=steps, seed=seed)
     with data.sampling_autocast(model.unet.device):
         if model.settings["crop"]:  # beyond the paper
-            return list(
-                sample_in_tiles(
-                    model,
-                    samples,
-                    draw,
-                    batch_size=batch_size,
-                    background=background_of(model),
-                )
-            )
+            return list(sample_in_tiles(model, samples, draw, batch_size=batch_size))
         return draw(model, samples)
 
 
@@ -348,6 +340,7 @@ def segment_files(model, held_out, args):
     (COCO instances), and overlays/NAME.png.
     """
     forget_predictions(args.out)
+    background = diffusion.background_of(model)
     images, panoptic, instances = [], [], []
     draw = functools.partial(
         sample_batch,
@@ -363,7 +356,6 @@ def segment_files(model, held_out, args):
             name = s["name"]
             try:
                 data.write_id_png(f"{args.out}/predictions/{name}.png", ids)
-                background = background_of(model)
                 [shown] = data.renumber(ids, background=background)
                 overlay = data.overlay(s["image"], shown, background=background)
                 data.write(f"{args.out}/overlays/{name}.png", overlay)
@@ -430,9 +422,10 @@ def instances_of(model, image_id, segments, outlines):
     stuff = set()
     if model.classifier is not None:
         stuff = {c["id"] for c in model.classifier.categories if not c["isthing"]}
+    background = diffusion.background_of(model)
     instances = []
     for s in segments:
-        if s["category_id"] in stuff or s["id"] == background_of(model):
+        if s["category_id"] in stuff or s["id"] == background:
             continue
         instance = {**s, "image_id": image_id, **outlines[s["id"]]}
         instances.append(instance)
@@ -654,20 +647,15 @@ def replace_ids(ids, new_id):
     return new[place].reshape(ids.shape)
 
 
-def background_of(model):
-    """The background's id in the maps of a model of instances; None for others."""
-    instances = model.settings["postprocess"] == "instances"
-    return data.BACKGROUND_SEGMENT if instances else None
-
-
-def sample_in_tiles(model, samples, draw, batch_size, background=None):
+def sample_in_tiles(model, samples, draw, batch_size):
     """Segment pictures in tiles of the size that the model was trained on.
 
     samples: a list, see `tiles_of`. draw(model, tiles) returns (ids, certainty) of each
-    of at most batch_size tiles, which may belong to several pictures. background: see
-    `stitch`. Yields ids and certainty of each picture. Tiles are drawn only when they
-    are needed, so the results of no more than one picture and one batch are held.
+    of at most batch_size tiles, which may belong to several pictures. Yields ids and
+    certainty of each picture, see `stitch`. Tiles are drawn only when they are needed,
+    so the results of no more than one picture and one batch are held.
     """
+    background = diffusion.background_of(model)
     tiles = tiles_of(samples, model.settings["crop"])
     starts = range(0, len(tiles), batch_size)
     batches = (tiles[n : n + batch_size] for n in starts)
