@@ -2062,29 +2062,25 @@ def warn_of_ceiling(source, args, num_ids, factor):
 
 
 def suggest(source, areas_of):
-    """The cheapest settings with which a perfect network reaches 90, else the best
-    ones.
+    """The smallest size with which a perfect network reaches 90, else the best one.
 
-    areas_of: of each picture its side and the areas of its objects. Cheap is what shows
-    the network few pixels of a picture, whole or in tiles. Returns a line.
+    areas_of: of each picture its side and the areas of its objects. Small instances are
+    best segmented in tiles. Returns a line.
     """
     side = np.median([picture_side for picture_side, _ in areas_of])
     most = np.percentile([len(objects) for _, objects in areas_of], 99)
-    tried = []
+    crop = 0  # a scene is understood as a whole only
+    if source.background_id is not None:
+        tile = round(TILE * typical_side([a for _, own in areas_of for a in own]))
+        if tile < side:
+            crop = tile
+            most *= 2 * (crop / side) ** 2  # in a tile; its edges cut some in two
+    num_ids = int(2 ** np.ceil(np.log2(most + 2)).clip(4, 8))
+    best = (0.0, "")
     for size in (64, 128, 256, 512):
         factor = factor_of(size)
         if size > 64 and size > side * factor / 4:  # logits finer than the picture
             continue
-        crops = [0]
-        if source.background_id is not None:  # a scene is understood as a whole only
-            crops += [crop for crop in (size, 2 * size, 4 * size) if crop < side]
-        for crop in crops:
-            tiles = (side / crop) ** 2 if crop else 1
-            segments = 2 * most / tiles if crop else most  # its edges cut some in two
-            num_ids = int(2 ** np.ceil(np.log2(segments + 2)).clip(4, 8))
-            tried.append((tiles * size**2, size, num_ids, crop, factor))
-    best = (0.0, "")
-    for _, size, num_ids, crop, factor in sorted(tried):
         figures = perfect_network(
             source, size, num_ids=num_ids, crop=crop, factor=factor, limit=64
         )
@@ -2188,14 +2184,20 @@ class Augmented:
         rng = np.random.default_rng((self.training.seed, CHANGES, n))
         sample = self.training.read(n)
         if self.crop:
-            scale = rng.uniform(0.6, 1.4) if self.augment else 1
-            # half of the squares hold a part of a random segment: most squares of a
-            # sparse picture would show nothing but background
-            segments = [s["id"] for s in sample["segments_info"] if not s["iscrowd"]]
+            side = self.crop
+            if rng.random() < 0.8:  # the others are what sampling looks at first
+                side = own_crop(sample, self.crop, self.training.source.background_id)
+            if self.augment:
+                side = round(side * rng.uniform(0.6, 1.4))
+            # Half of the squares hold a part of a random object, of one that touches
+            # another if there is one: most squares of a sparse picture would show
+            # nothing but background.
             segment = None
-            if segments and rng.random() < 0.5:
-                segment = int(rng.choice(segments))
-            sample = crop_sample(sample, round(self.crop * scale), rng, segment)
+            if rng.random() < 0.5:
+                objects = object_ids(sample, self.training.source.background_id)
+                objects = touching(sample["ids"], objects) or objects
+                segment = int(rng.choice(objects)) if objects else None
+            sample = crop_sample(sample, side, rng, segment)
         result = self.training.prepare(sample, n)
         if self.background:
             result = name_background(result, self.training.source)
@@ -2252,7 +2254,66 @@ class Crops:
     def __getitem__(self, index):
         """A square of sample `index`, always the same one."""
         rng = np.random.default_rng((index, self.side))
-        return crop_sample(self.source[index], self.side, rng)
+        sample = self.source[index]
+        return crop_sample(sample, own_crop(sample, self.side, self.background_id), rng)
+
+
+# Side of the tiles of a picture of instances, in sides of its typical object.
+TILE = 2.0
+
+
+def own_crop(sample, crop, background_id):
+    """Side of the squares of a sample: of instances that of its tiles in sampling."""
+    if background_id is None:
+        return crop
+    ids = object_ids(sample, background_id)
+    return tile_side(
+        [s["area"] for s in sample["segments_info"] if s["id"] in ids], crop
+    )
+
+
+def tile_side(areas, crop):
+    """Side in pixels of the tiles in which a picture of instances is segmented.
+
+    areas: pixels of each of its objects; crop: the side if there is none. Otherwise it
+    is at least half and at most four times of that.
+    """
+    if not areas:
+        return crop
+    side = round(TILE * typical_side(areas))
+    return min(max(side, crop // 2), 4 * crop)
+
+
+def typical_side(areas):
+    """Side in pixels of a square as large as a typical one of some objects.
+
+    areas: pixels of each, at least one. Half of their pixels are in objects that are at
+    least as large as the typical one, so that small pieces of objects change little.
+    """
+    areas = np.sort(areas)
+    pixels = areas.cumsum()
+    return math.sqrt(areas[np.searchsorted(pixels, pixels[-1] / 2)])
+
+
+def object_ids(sample, background_id):
+    """Ids of a sample's segments without crowds and without the background."""
+    segments = sample["segments_info"]
+    return [
+        s["id"]
+        for s in segments
+        if not s["iscrowd"] and s["category_id"] != background_id
+    ]
+
+
+def touching(ids, some):
+    """Those of some ids whose segment (of ids, H x W) shares an edge with another of
+    them.
+    """
+    found = set()
+    for a, b in ((ids[1:], ids[:-1]), (ids[:, 1:], ids[:, :-1])):
+        meet = (a != b) & np.isin(a, some) & np.isin(b, some)
+        found.update(a[meet].tolist(), b[meet].tolist())
+    return sorted(found)
 
 
 def crop_sample(sample, side, rng, segment=None):

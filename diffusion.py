@@ -1013,7 +1013,7 @@ def instance_ids(model, logits, height, width):
 # Loss weight of a cell if it and its neighbours together hold parts of two or more
 # objects. Few cells do, and they alone decide whether objects that touch are told
 # apart.
-MEETING = 3.0
+MEETING = 5.0
 
 
 def instance_weights(model, ids):

@@ -239,7 +239,7 @@ def compare_seeds(model, held_out, args):
 def draw_trajectory(model, samples, args):
     """Fig. S4: draw the decoded estimates of z^0 over the steps."""
     if model.settings["crop"]:  # beyond the paper: only the first tile of a picture
-        tiles = tiles_of(samples, model.settings["crop"])
+        tiles = tiles_of(samples, [model.settings["crop"]] * len(samples))
         samples = [tile for tile in tiles if tile["place"] == (0, 0)]
     noise, _ = diffusion.noise_of(model, samples, args.seed)
     trace = []
@@ -514,16 +514,17 @@ def tile_starts(length, side):
     return np.linspace(0, last, max(1, count)).round().astype(int).tolist()
 
 
-def tiles_of(samples, side):
+def tiles_of(samples, sides):
     """Cut samples into tiles, which are samples again: a list, picture by picture.
 
     samples: a list of dicts with `image` (H x W x 3, uint8), `image_id` and, if there
-    is a partial map to complete, `given` (H x W, int32). A tile has its part of these
-    two, its `place` (top, left), the index `picture` of its sample, and an `image_id`
-    of its own, so that it gets noise of its own.
+    is a partial map to complete, `given` (H x W, int32); sides: of the tiles of each,
+    in pixels. A tile has its part of image and given, its `place` (top, left), the
+    index `picture` of its sample, and an `image_id` of its own, so that it gets noise
+    of its own.
     """
     tiles = []
-    for picture, sample in enumerate(samples):
+    for picture, (sample, side) in enumerate(zip(samples, sides, strict=True)):
         parts = {"image": cut(sample["image"], side)}
         if "given" in sample:
             parts["given"] = cut(sample["given"], side)
@@ -648,15 +649,34 @@ def replace_ids(ids, new_id):
 
 
 def sample_in_tiles(model, samples, draw, batch_size):
-    """Segment pictures in tiles of the size that the model was trained on.
+    """Segment pictures in tiles.
+
+    Objects in pictures of instances differ in size from one picture to the next: a
+    first look in tiles of the crop's side finds how large they are, and then each
+    picture is segmented in tiles of its own side (`data.tile_side`).
 
     samples: a list, see `tiles_of`. draw(model, tiles) returns (ids, certainty) of each
     of at most batch_size tiles, which may belong to several pictures. Yields ids and
     certainty of each picture, see `stitch`. Tiles are drawn only when they are needed,
     so the results of no more than one picture and one batch are held.
     """
+    crop = model.settings["crop"]
     background = diffusion.background_of(model)
-    tiles = tiles_of(samples, model.settings["crop"])
+    sides = [crop] * len(samples)
+    if crop and background is not None:
+        looks = sample_sized_tiles(model, samples, sides, draw, batch_size)
+        sides = []
+        for ids, _ in looks:
+            area = data.areas(ids)
+            area.pop(background, None)
+            sides.append(data.tile_side(list(area.values()), crop))
+    yield from sample_sized_tiles(model, samples, sides, draw, batch_size)
+
+
+def sample_sized_tiles(model, samples, sides, draw, batch_size):
+    """As `sample_in_tiles`, in tiles whose sides are given (see `tiles_of`)."""
+    background = diffusion.background_of(model)
+    tiles = tiles_of(samples, sides)
     starts = range(0, len(tiles), batch_size)
     batches = (tiles[n : n + batch_size] for n in starts)
     drawn = itertools.chain.from_iterable(draw(model, batch) for batch in batches)

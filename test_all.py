@@ -420,6 +420,69 @@ def test_half_of_the_training_crops_hold_a_random_segment():
     assert 80 < shown < 125  # half of them, and a few of the others
 
 
+def test_training_crops_aim_at_objects_that_touch():
+    ids = np.ones((64, 64), np.int32)  # the background
+    ids[10, 30] = 2  # alone
+    ids[50, 30:32] = 3, 4
+    ids[30, 5:7] = 5, 6  # 6 is a crowd, so that 5 counts as alone
+    scene = {**Grey("train", 64)[0], "ids": ids, "segments_info": data.describe(ids)}
+    scene["segments_info"][0]["category_id"] = 9
+    scene["segments_info"][5]["iscrowd"] = 1
+    objects = data.object_ids(scene, background_id=9)
+    assert objects == [2, 3, 4, 5]
+    assert data.touching(ids, objects) == [3, 4]
+    assert data.touching(ids.T, [1, 2]) == [1, 2]
+    assert data.touching(ids, []) == []
+
+    source = mock.MagicMock(endless=True, categories=[{"id": 1}], background_id=9)
+    source.__getitem__.return_value = scene
+    training = data.TrainingSet(source, 8, num_ids=8, min_area=1)
+    aims = []
+    with mock.patch.object(data, "crop_sample", wraps=data.crop_sample) as crop_sample:
+        crops = data.Augmented(training, crop=8)
+        for n in range(100):
+            crops[n]
+            aims.append(crop_sample.call_args.args[3])
+    assert 30 < aims.count(None) < 70
+    assert set(aims) == {None, 3, 4}
+
+
+def test_tiles_are_twice_as_long_as_a_typical_object():
+    assert data.tile_side([900] * 5, crop=48) == 60
+    # nine pieces, as large as one object together, do not change that
+    assert data.tile_side([900] * 5 + [100] * 9, crop=48) == 60
+    assert data.tile_side([], crop=48) == 48
+    assert data.tile_side([1], crop=48) == 24
+    assert data.tile_side([10**6], crop=48) == 192
+
+
+def test_crops_of_instances_are_as_large_as_their_tiles():
+    ids = np.ones((64, 64), np.int32)
+    ids[:12, :12] = 2  # tiles of 24 px
+    ids[20:60, :] = 3  # a crowd
+    scene = {**Grey("train", 64)[0], "ids": ids, "segments_info": data.describe(ids)}
+    scene["segments_info"][0]["category_id"] = 9
+    scene["segments_info"][2]["iscrowd"] = 1
+    assert data.own_crop(scene, 16, background_id=9) == 24
+    assert data.own_crop(scene, 16, background_id=None) == 16
+
+    source = mock.MagicMock(endless=True, categories=[{"id": 1}], background_id=9)
+    source.__getitem__.return_value = scene
+    assert data.Crops(source, 16)[0]["ids"].shape == (24, 24)
+    training = data.TrainingSet(source, 8, num_ids=8, min_area=1)
+    with mock.patch.object(data, "crop_sample", wraps=data.crop_sample) as crop_sample:
+        sides = []
+        for augment in (0, 0.5):
+            crops = data.Augmented(training, crop=16, augment=augment)
+            for n in range(100):
+                crops[n]
+                sides.append(crop_sample.call_args.args[1])
+    assert set(sides[:100]) == {16, 24}
+    assert 70 < sides[:100].count(24) < 90
+    assert 10 <= min(sides[100:]) < 14
+    assert 28 < max(sides[100:]) <= 34
+
+
 def test_evaluation_looks_at_the_same_crops_each_time():
     held_out = data.HeldOut(data.Crops(data.Shapes("v", 48), 16), limit=3)
     assert len(held_out) == 3
@@ -2399,7 +2462,7 @@ def test_cells_where_objects_meet_count_more(tiny):
     ids[0, 12:16, 20:24] = 3  # the cell at (3, 5)
     ids[0, 0, 0] = 0
     expected = torch.ones(2, 1, 8, 8)
-    expected[0, 0, 2:5, 4] = 3  # between the two
+    expected[0, 0, 2:5, 4] = 5  # between the two
     expected[0, 0, 0, 0] = 0  # void
     assert torch.equal(diffusion.instance_weights(tiny, ids), expected)
     assert tiny.cell_weights(ids).sum() == 127  # of panoptic maps: but for void, alike
@@ -2761,7 +2824,7 @@ def test_tiles_are_samples_with_their_part_of_what_is_given():
     given = np.arange(2000, dtype=np.int32).reshape(50, 40)
     told = {"image": image, "image_id": 7, "given": given}
     untold = {"image": image, "image_id": "b"}
-    tiles = sample.tiles_of([told, untold], 32)
+    tiles = sample.tiles_of([told, untold], [32, 32])
     assert len(tiles) == 8
     assert len({tile["image_id"] for tile in tiles}) == 8
     assert [tile["image_id"] for tile in tiles[::4]] == [7, "b"]
@@ -3041,6 +3104,36 @@ def test_pictures_are_sampled_in_batches_of_tiles_and_joined_one_by_one():
         truths, sample.sample_in_tiles(model, pictures, draw, 2)
     ):
         assert same_partition(ids, truth)
+
+
+def test_each_picture_of_instances_is_cut_into_tiles_of_its_own_side():
+    """The first look is in tiles of the crop's side; a perfect model finds the rest."""
+    large = np.ones((100, 100), np.int32)
+    large[10:50, 10:50] = 2
+    large[55:95, 50:90] = 3
+    small = np.ones((100, 100), np.int32)
+    small[10:24, 20:34] = 5
+    empty = np.ones((100, 100), np.int32)
+    truths = [large, small, empty]
+    pictures = [
+        {"image": np.dstack([truth] * 3).astype(np.uint8), "image_id": n}
+        for n, truth in enumerate(truths)
+    ]
+    model = Namespace(settings={"crop": 50, "postprocess": "instances"})
+    sides = []
+
+    def draw(drawing_model, tiles):
+        sides.extend((tile["picture"], len(tile["image"])) for tile in tiles)
+        maps = [tile["image"][..., 0].astype(np.int32) for tile in tiles]
+        return [(ids, np.ones(ids.shape)) for ids in maps]
+
+    found = list(sample.sample_in_tiles(model, pictures, draw, batch_size=5))
+    for truth, (ids, _) in zip(truths, found, strict=True):
+        assert same_partition(ids, truth)
+        assert (ids[truth == 1] == 1).all()
+    first, then = sides[: 3 * 9], sides[3 * 9 :]
+    assert set(first) == {(0, 50), (1, 50), (2, 50)}
+    assert set(then) == {(0, 80), (1, 28), (2, 50)}
 
 
 # ------------------------------------------------------------------------- pictures
