@@ -660,16 +660,10 @@ def sample_in_tiles(model, samples, draw, batch_size):
     certainty of each picture, see `stitch`. Tiles are drawn only when they are needed,
     so the results of no more than one picture and one batch are held.
     """
-    crop = model.settings["crop"]
-    background = diffusion.background_of(model)
-    sides = [crop] * len(samples)
-    if crop and background is not None:
+    sides = [model.settings["crop"]] * len(samples)
+    if diffusion.background_of(model) is not None:
         looks = sample_sized_tiles(model, samples, sides, draw, batch_size)
-        sides = []
-        for ids, _ in looks:
-            area = data.areas(ids)
-            area.pop(background, None)
-            sides.append(data.tile_side(list(area.values()), crop))
+        sides = [diffusion.own_crop(model, ids) for ids, _ in looks]
     yield from sample_sized_tiles(model, samples, sides, draw, batch_size)
 
 

@@ -2744,6 +2744,24 @@ def test_a_label_is_what_most_pixels_have_and_stuff_is_one_segment(tiny):
     assert json.loads(json.dumps(segments)) == segments
 
 
+def test_the_classifier_sees_instances_at_the_scale_of_their_tiles(tiny):
+    ids = np.ones((30, 30), np.int32)
+    ids[5:15, 5:15] = 2  # tiles of 20 px, which become 32 px
+    seen = []
+
+    def logits(images):
+        seen.append(images.shape[-1])
+        return torch.rand(1, 2, 8, 8)
+
+    tiny.classifier = Namespace(categories=CLASSES, logits=logits)
+    image = np.zeros((30, 30, 3), np.uint8)
+    for crop, postprocess in [(0, "paper"), (16, "paper"), (16, "instances")]:
+        tiny.settings.update(crop=crop, postprocess=postprocess)
+        diffusion.label(tiny, image, ids)
+    assert tiny.settings["size"] == 32
+    assert seen == [32, 60, 48]
+
+
 def test_without_a_classifier_every_segment_is_an_object(tiny):
     ids = row("0777355")
     found, segments = diffusion.label(tiny, np.zeros((1, 7, 3), np.uint8), ids)
