@@ -1179,7 +1179,9 @@ class Settings:
         default_workers(), "data-loading processes per training process", natural
     )
     crop: int = flag(
-        0, "beyond the paper: train on random squares of so many pixels", square_or_none
+        0,
+        "beyond the paper: train on random squares of about so many pixels",
+        square_or_none,
     )
     warmup: int = 200  # iterations over which the learning rate rises from 0 (authors)
     save_every: int = 1000  # iterations between evaluations; a short run has two
@@ -1952,7 +1954,8 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
     this is done in a random square of each picture. Returns S x 3 floats: the IoU of a
     segment with itself; its area afterwards, with what lies beside the square, because
     tiles are joined before small segments become void; and the area of its picture,
-    both in pixels. Crowds are left out, and the background of instances.
+    both in pixels. Crowds are left out, and the background of instances. Their squares
+    have one side here, not that of each picture's tiles: all objects count alike.
     """
     grid = 4 * size // factor  # side of the logits, four times that of the latent
     order = np.random.default_rng(0).permutation(len(source))
@@ -2064,14 +2067,15 @@ def warn_of_ceiling(source, args, num_ids, factor):
 def suggest(source, areas_of):
     """The smallest size with which a perfect network reaches 90, else the best one.
 
-    areas_of: of each picture its side and the areas of its objects. Small instances are
-    best segmented in tiles. Returns a line.
+    areas_of: of each picture its side and the areas of its objects. Instances that are
+    small beside their picture are best segmented in tiles. Returns a line.
     """
     side = np.median([picture_side for picture_side, _ in areas_of])
     most = np.percentile([len(objects) for _, objects in areas_of], 99)
     crop = 0  # a scene is understood as a whole only
     if source.background_id is not None:
-        tile = round(TILE * typical_side([a for _, own in areas_of for a in own]))
+        tiles = [TILE * typical_side(own) for _, own in areas_of if own]
+        tile = round(np.median(tiles))
         if tile < side:
             crop = tile
             most *= 2 * (crop / side) ** 2  # in a tile; its edges cut some in two
@@ -2079,7 +2083,7 @@ def suggest(source, areas_of):
     best = (0.0, "")
     for size in (64, 128, 256, 512):
         factor = factor_of(size)
-        if size > 64 and size > side * factor / 4:  # logits finer than the picture
+        if size > 64 and size > (crop or side) * factor / 4:  # finer than the picture
             continue
         figures = perfect_network(
             source, size, num_ids=num_ids, crop=crop, factor=factor, limit=64
@@ -2184,20 +2188,22 @@ class Augmented:
         rng = np.random.default_rng((self.training.seed, CHANGES, n))
         sample = self.training.read(n)
         if self.crop:
+            background_id = self.training.source.background_id
             side = self.crop
-            if rng.random() < 0.8:  # the others are what sampling looks at first
-                side = own_crop(sample, self.crop, self.training.source.background_id)
+            if rng.random() < 0.8:  # the others have the side of sampling's first look
+                side = own_crop(sample, self.crop, background_id)
             if self.augment:
                 side = round(side * rng.uniform(0.6, 1.4))
-            # Half of the squares hold a part of a random object, of one that touches
-            # another if there is one: most squares of a sparse picture would show
-            # nothing but background.
-            segment = None
+            # Half of the squares aim at a random object, if possible at one that
+            # touches another: most squares of a sparse picture would show nothing but
+            # background.
+            aim = None
             if rng.random() < 0.5:
-                objects = object_ids(sample, self.training.source.background_id)
-                objects = touching(sample["ids"], objects) or objects
-                segment = int(rng.choice(objects)) if objects else None
-            sample = crop_sample(sample, side, rng, segment)
+                ids = [s["id"] for s in objects_of(sample, background_id)]
+                if background_id is not None:
+                    ids = touching(sample["ids"], ids) or ids
+                aim = int(rng.choice(ids)) if ids else None
+            sample = crop_sample(sample, side, rng, segment=aim)
         result = self.training.prepare(sample, n)
         if self.background:
             result = name_background(result, self.training.source)
@@ -2238,7 +2244,10 @@ def name_background(sample, source):
 
 
 class Crops:
-    """A source of random squares of another source's samples, for evaluation."""
+    """A source of random squares of another source's samples, for evaluation.
+
+    Those of instances are as large as the truth asks for.
+    """
 
     endless = False
 
@@ -2263,20 +2272,18 @@ TILE = 2.0
 
 
 def own_crop(sample, crop, background_id):
-    """Side of the squares of a sample: of instances that of its tiles in sampling."""
+    """Side of a sample's squares: `crop`, or for instances that of their tiles."""
     if background_id is None:
         return crop
-    ids = object_ids(sample, background_id)
-    return tile_side(
-        [s["area"] for s in sample["segments_info"] if s["id"] in ids], crop
-    )
+    areas = [s["area"] for s in objects_of(sample, background_id)]
+    return tile_side(areas, crop)
 
 
 def tile_side(areas, crop):
     """Side in pixels of the tiles in which a picture of instances is segmented.
 
     areas: pixels of each of its objects; crop: the side if there is none. Otherwise it
-    is at least half and at most four times of that.
+    is at least half and at most four times `crop`.
     """
     if not areas:
         return crop
@@ -2285,33 +2292,36 @@ def tile_side(areas, crop):
 
 
 def typical_side(areas):
-    """Side in pixels of a square as large as a typical one of some objects.
+    """Side in pixels of a square with the area of a typical object.
 
-    areas: pixels of each, at least one. Half of their pixels are in objects that are at
-    least as large as the typical one, so that small pieces of objects change little.
+    areas: pixels of each object, at least one. At least half of all their pixels are in
+    objects as large as the typical one or larger, so that pieces of objects change it
+    little.
     """
     areas = np.sort(areas)
     pixels = areas.cumsum()
     return math.sqrt(areas[np.searchsorted(pixels, pixels[-1] / 2)])
 
 
-def object_ids(sample, background_id):
-    """Ids of a sample's segments without crowds and without the background."""
-    segments = sample["segments_info"]
-    return [
-        s["id"]
-        for s in segments
-        if not s["iscrowd"] and s["category_id"] != background_id
-    ]
+def objects_of(sample, background_id):
+    """The segments_info of a sample without crowds and without the background."""
+    found = []
+    for s in sample["segments_info"]:
+        is_background = background_id is not None and s["category_id"] == background_id
+        if not s["iscrowd"] and not is_background:
+            found.append(s)
+    return found
 
 
 def touching(ids, some):
-    """Those of some ids whose segment (of ids, H x W) shares an edge with another of
-    them.
+    """Those of the ids `some` whose segments (of ids, H x W) share an edge with another
+    of them.
     """
     found = set()
     for a, b in ((ids[1:], ids[:-1]), (ids[:, 1:], ids[:, :-1])):
-        meet = (a != b) & np.isin(a, some) & np.isin(b, some)
+        edge = a != b
+        a, b = a[edge], b[edge]
+        meet = np.isin(a, some) & np.isin(b, some)
         found.update(a[meet].tolist(), b[meet].tolist())
     return sorted(found)
 

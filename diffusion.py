@@ -791,7 +791,7 @@ def label(model, image, ids, merge=True):
     if model.classifier is None:
         return ids, data.describe(ids)
     # The classifier sees a picture at the scale of its training (S x S, or of crops).
-    size, crop = model.settings["size"], own_crop(model, ids)
+    size, crop = model.settings["size"], side_of_tiles(model, ids)
     sides = [max(8, round(n * size / (crop or n))) for n in ids.shape]
     x = torch.tensor(image, device=model.unet.device).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, sides, mode="bilinear", antialias=True)  # 1 x 3 x H' x W'
@@ -1010,10 +1010,10 @@ def instance_ids(model, logits, height, width):
     return ae.connected(ids, background=data.BACKGROUND_SEGMENT), probability
 
 
-def own_crop(model, ids):
-    """Side of the tiles of a picture, of which ids (H x W, 0 = void) is a map.
+def side_of_tiles(model, ids):
+    """Side of a picture's tiles: --crop, or for instances what its objects ask for.
 
-    That of all crops, or for instances what the picture's objects ask for.
+    ids: an id map of the picture (H x W, 0 = void).
     """
     crop = model.settings["crop"]
     background = background_of(model)

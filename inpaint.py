@@ -142,7 +142,7 @@ def drop_part(sample_, settings, drop, block, seed):
     """Drop blocks of a sample's ids (H x W) with probability `drop`: 0 there (4.2)."""
     ids = without_crowds(sample_)
     rng = data.stream_of(sample_, seed, data.BLOCKS)
-    # blocks are squares at the resolution of the network, of crops if there are any
+    # blocks are squares at the network's resolution: that of a tile of --crop pixels
     size, crop = settings["size"], settings["crop"]
     height, width = [round(n * size / (crop or n)) for n in ids.shape]
     kept = data.drop_blocks(max(height, width), drop, block=block, rng=rng)

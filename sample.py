@@ -238,7 +238,7 @@ def compare_seeds(model, held_out, args):
 @torch.no_grad()
 def draw_trajectory(model, samples, args):
     """Fig. S4: draw the decoded estimates of z^0 over the steps."""
-    if model.settings["crop"]:  # beyond the paper: only the first tile of a picture
+    if model.settings["crop"]:  # beyond the paper: the first tile of the first look
         tiles = tiles_of(samples, [model.settings["crop"]] * len(samples))
         samples = [tile for tile in tiles if tile["place"] == (0, 0)]
     noise, _ = diffusion.noise_of(model, samples, args.seed)
@@ -657,13 +657,14 @@ def sample_in_tiles(model, samples, draw, batch_size):
 
     samples: a list, see `tiles_of`. draw(model, tiles) returns (ids, certainty) of each
     of at most batch_size tiles, which may belong to several pictures. Yields ids and
-    certainty of each picture, see `stitch`. Tiles are drawn only when they are needed,
-    so the results of no more than one picture and one batch are held.
+    certainty of each picture, see `stitch`. Tiles are drawn only when they are needed
+    (all first looks when the first picture is), so the results of no more than one
+    picture and one batch are held.
     """
     sides = [model.settings["crop"]] * len(samples)
     if diffusion.background_of(model) is not None:
         looks = sample_sized_tiles(model, samples, sides, draw, batch_size)
-        sides = [diffusion.own_crop(model, ids) for ids, _ in looks]
+        sides = [diffusion.side_of_tiles(model, ids) for ids, _ in looks]
     yield from sample_sized_tiles(model, samples, sides, draw, batch_size)
 
 

@@ -428,8 +428,9 @@ def test_training_crops_aim_at_objects_that_touch():
     scene = {**Grey("train", 64)[0], "ids": ids, "segments_info": data.describe(ids)}
     scene["segments_info"][0]["category_id"] = 9
     scene["segments_info"][5]["iscrowd"] = 1
-    objects = data.object_ids(scene, background_id=9)
+    objects = [s["id"] for s in data.objects_of(scene, background_id=9)]
     assert objects == [2, 3, 4, 5]
+    assert len(data.objects_of(scene, background_id=None)) == 5
     assert data.touching(ids, objects) == [3, 4]
     assert data.touching(ids.T, [1, 2]) == [1, 2]
     assert data.touching(ids, []) == []
@@ -442,7 +443,7 @@ def test_training_crops_aim_at_objects_that_touch():
         crops = data.Augmented(training, crop=8)
         for n in range(100):
             crops[n]
-            aims.append(crop_sample.call_args.args[3])
+            aims.append(crop_sample.call_args.kwargs["segment"])
     assert 30 < aims.count(None) < 70
     assert set(aims) == {None, 3, 4}
 
@@ -477,6 +478,10 @@ def test_crops_of_instances_are_as_large_as_their_tiles():
             for n in range(100):
                 crops[n]
                 sides.append(crop_sample.call_args.args[1])
+        source.background_id = None  # panoptic data: the side is that of the flag
+        for n in range(10):
+            data.Augmented(training, crop=16)[n]
+            assert crop_sample.call_args.args[1] == 16
     assert set(sides[:100]) == {16, 24}
     assert 70 < sides[:100].count(24) < 90
     assert 10 <= min(sides[100:]) < 14
@@ -1333,6 +1338,25 @@ def test_check_tells_what_can_be_reached(capsys, monkeypatch):
     assert "64 images, 0 faults" in out
     assert "objects a picture: median 3, most 4" in out
     assert out.splitlines()[-1].startswith("suggestion: --size 64 --num_ids 16 (")
+
+
+def test_check_suggests_tiles_for_instances_that_are_small(capsys):
+    """Twice as long as half of a picture's pixels of objects need, on average."""
+    data.check(Pieces(background_id=2), size=32, num_ids=16)
+    sides = []
+    for n in range(len(Pieces())):
+        picture = Pieces()[n]
+        pixels = []  # for each pixel of an object, the area of the object
+        for s in picture["segments_info"]:
+            if s["category_id"] == 1 and not s["iscrowd"]:
+                pixels += [s["area"]] * s["area"]
+        sides.append(2 * np.sqrt(np.median(pixels)))
+    expected = round(np.median(sides))
+    assert 10 < expected < 30
+    *_, suggestion = capsys.readouterr().out.splitlines()
+    assert f" --crop {expected} " in suggestion
+    data.check(Pieces(), size=32, num_ids=16)  # a scene is understood as a whole
+    assert "--crop" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_training_that_cannot_do_well_says_so(capsys):
@@ -3132,7 +3156,9 @@ def test_each_picture_of_instances_is_cut_into_tiles_of_its_own_side():
     small = np.ones((100, 100), np.int32)
     small[10:24, 20:34] = 5
     empty = np.ones((100, 100), np.int32)
-    truths = [large, small, empty]
+    wide = np.ones((100, 100), np.int32)
+    wide[10:90, 10:90] = 4  # its tile is larger than the picture
+    truths = [large, small, empty, wide]
     pictures = [
         {"image": np.dstack([truth] * 3).astype(np.uint8), "image_id": n}
         for n, truth in enumerate(truths)
@@ -3149,9 +3175,10 @@ def test_each_picture_of_instances_is_cut_into_tiles_of_its_own_side():
     for truth, (ids, _) in zip(truths, found, strict=True):
         assert same_partition(ids, truth)
         assert (ids[truth == 1] == 1).all()
-    first, then = sides[: 3 * 9], sides[3 * 9 :]
-    assert set(first) == {(0, 50), (1, 50), (2, 50)}
-    assert set(then) == {(0, 80), (1, 28), (2, 50)}
+    first, then = sides[: 4 * 9], sides[4 * 9 :]
+    assert set(first) == {(0, 50), (1, 50), (2, 50), (3, 50)}
+    assert set(then) == {(0, 80), (1, 28), (2, 50), (3, 160)}
+    assert then.count((3, 160)) == 1
 
 
 # ------------------------------------------------------------------------- pictures
@@ -3440,6 +3467,27 @@ def test_the_background_of_instances_keeps_its_id_in_completion(tiny):
     assert np.array_equal(done, row("1111133222").repeat(4, 0))
     done = inpaint.name_by_cover(found, np.where(given == 1, 0, given), background=1)
     assert np.array_equal(done, row("1111133222").repeat(4, 0))
+
+
+def test_instances_are_completed_in_tiles_of_their_own_side():
+    truth = np.ones((60, 60), np.int32)
+    truth[4:18, 4:18] = 30  # tiles of 28 px
+    truth[30:44, 18:32] = 40
+    given = np.where(np.arange(60) % 20 < 8, truth, 0)
+    image = np.dstack([truth] * 3).astype(np.uint8)
+    model = Namespace(settings={"crop": 48, "postprocess": "instances"})
+    seen = set()
+
+    def draw(drawing_model, tiles):
+        """What a perfect model would find: here, ids are colours."""
+        seen.update(tile["given"].shape for tile in tiles)
+        maps = [tile["image"][..., 0] // 10 + 1 for tile in tiles]
+        return [(ids.astype(np.int32), np.ones(ids.shape)) for ids in maps]
+
+    samples = [{"image": image, "given": given, "image_id": 0}]
+    [(ids, _)] = inpaint.complete_in_tiles(model, samples, draw)
+    assert np.array_equal(ids, truth)
+    assert seen == {(48, 48), (28, 28)}
 
 
 def test_a_given_pixel_that_strays_into_a_neighbour_does_not_name_it():
