@@ -2267,7 +2267,8 @@ class Crops:
         return crop_sample(sample, own_crop(sample, self.side, self.background_id), rng)
 
 
-# Side of the tiles of a picture of instances, in sides of its typical object.
+# Side of the tiles of a picture of instances, in sides of its typical object. So a
+# network sees all objects at one scale, as in Cellpose (Stringer et al. 2021).
 TILE = 2.0
 
 
