@@ -303,7 +303,9 @@ def complete_file(model, args):
     samples = [{"image": image, "given": given, "image_id": stem.name}]
     [ids] = complete(model, samples, method=method, steps=args.steps, seed=args.seed)
     data.write_id_png(f"{stem}_completed.png", ids)
-    row = data.completion({"image": image, "file_name": args.image}, given, [ids])
+    shown = {"image": image, "file_name": args.image}
+    shown["background"] = diffusion.background_of(model)
+    row = data.completion(shown, given, [ids])
     data.sheet(
         f"{stem}_inpaint.png", [row], ["image", "given", "completed (hatched: added)"]
     )

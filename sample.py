@@ -201,6 +201,8 @@ def agreement(maps):
 
 def compare_seeds(model, held_out, args):
     """Fig. 10: how far the segments of several seeds agree; prints it and draws it."""
+    background = diffusion.background_of(model)
+    fixed = [] if background is None else [background]
     means = []
     rows = []
     # one picture at a time, because the maps of all seeds are kept
@@ -220,9 +222,11 @@ def compare_seeds(model, held_out, args):
         means.append(agreed.mean())
         if len(rows) < data.PICTURES:
             first, *others = maps
-            [first] = data.renumber(first)
-            alike = [first, *(data.colors_like(ids, first) for ids in others)]
-            pictures = [data.overlay(s["image"], ids) for ids in alike]
+            [first] = data.renumber(first, background=background)
+            alike = [first]
+            for ids in others:
+                alike.append(data.colors_like(ids, first, fixed=fixed))
+            pictures = [data.overlay(s["image"], ids, background) for ids in alike]
             grey = (255 * agreed).astype(np.uint8)
             rows.append((s["file_name"], [s["image"], *pictures, grey]))
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "white: all agree"]
@@ -240,7 +244,8 @@ def draw_trajectory(model, samples, args):
     """Fig. S4: draw the decoded estimates of z^0 over the steps."""
     if model.settings["crop"]:  # beyond the paper: the first tile of the first look
         tiles = tiles_of(samples, [model.settings["crop"]] * len(samples))
-        samples = [tile for tile in tiles if tile["place"] == (0, 0)]
+        first = [tile for tile in tiles if tile["place"] == (0, 0)]
+        samples = [{**s, **tile} for s, tile in zip(samples, first, strict=True)]
     noise, _ = diffusion.noise_of(model, samples, args.seed)
     trace = []
     with data.sampling_autocast(model.unet.device):
@@ -254,12 +259,15 @@ def draw_trajectory(model, samples, args):
         for own, s, logits in zip(maps, samples, model.decode(trace[i])):
             ids, _ = diffusion.to_ids(model, logits, *s["image"].shape[:2])
             own.append(ids)
+    background = diffusion.background_of(model)
+    fixed = [] if background is None else [background]
     rows = []
     for own, s in zip(maps, samples):
-        [last] = data.renumber(own[-1])
-        pictures = [
-            data.overlay(s["image"], data.colors_like(ids, last)) for ids in own
-        ]
+        [last] = data.renumber(own[-1], background=background)
+        pictures = []
+        for ids in own:
+            ids = data.colors_like(ids, last, fixed=fixed)
+            pictures.append(data.overlay(s["image"], ids, background))
         rows.append((s["file_name"], [s["image"], *pictures]))
     captions = ["image"]
     for i in shown:

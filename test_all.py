@@ -3894,6 +3894,8 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     }
     run("sample --ckpt ldm.pt --steps 1 --limit 1 --out out")
     assert "ap50" in read("out/sample.json")
+    run("sample --ckpt ldm.pt --steps 2 --images val/1.png --trajectory --out out")
+    assert Image.open("out/trajectory.png").width > 200
     run("inpaint --ckpt ldm.pt --steps 1 --limit 1 --click 4 --out out")
 
     run(f"{TINY_LDM} --ckpt ldm.pt --data shapes --iters 1 --out scenes")
