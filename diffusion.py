@@ -490,7 +490,7 @@ def prepare(model, args, source):
         model.unet.time_embedding.requires_grad_(False)  # as the authors do
         model.unet.enable_gradient_checkpointing()
     if model.settings["postprocess"] == "instances":  # of --ckpt's data
-        model.settings.update(postprocess="paper", min_area=None)
+        model.settings.update(postprocess="paper", min_area=None, min_score=0.0)
     if source.background_id is not None:  # beyond the paper: instances are in one piece
         model.settings["postprocess"] = "instances"
         model.cell_weights = functools.partial(instance_weights, model)
@@ -645,6 +645,7 @@ DEFAULTS = {
     "steps": 50,
     "postprocess": "paper",  # or one of POSTPROCESS
     "min_area": None,  # see `ae.void_uncertain`
+    "min_score": 0.0,  # see `sample.doubt`
     "told": False,  # whether it was trained with --given
 }
 

@@ -31,7 +31,7 @@ from pycocotools import mask as coco_mask
 import ae
 import diffusion
 import pq
-from data import BadInput, flag, natural, nonempty, positive
+from data import BadInput, flag, fraction, natural, nonempty, positive
 from pq import VOID
 
 
@@ -85,16 +85,21 @@ class Settings(SamplingSettings):
         "segments of fewer pixels become void (default: as the checkpoint)",
         natural,
     )
+    min_score: float = flag(
+        None,
+        "segments of a lower mean probability become void (default: as the checkpoint)",
+        fraction,
+    )
     batch_size: int = flag(16, "pictures or tiles at a time", positive)
 
 
 # --------------------------------------------------------------------- load and segment
-def load(path=None, device="cpu", min_area=None):
+def load(path=None, device="cpu", min_area=None, min_score=None):
     """Load a model for sampling from a checkpoint of diffusion.py or of the authors.
 
     path: by default checkpoints/ldm.pt, or else the shipped assets/shapes.pt; device: a
-    torch.device, or a name as for --device; min_area: see `ae.void_uncertain`, by
-    default the checkpoint's. Raises BadInput.
+    torch.device, or a name as for --device; min_area: see `ae.void_uncertain`,
+    min_score: see `doubt`, by default the checkpoint's. Raises BadInput.
     """
     assets = Path(__file__).parent / "assets"
     if path is None:
@@ -107,7 +112,8 @@ def load(path=None, device="cpu", min_area=None):
     elif not os.path.isfile(path) and Path(path).parts[:1] == ("assets",):
         path = assets.parent / path  # the shipped weights, from any folder
     device = data.choose_device(str(device))
-    changes = {} if min_area is None else {"min_area": min_area}
+    changes = {"min_area": min_area, "min_score": min_score}
+    changes = {name: value for name, value in changes.items() if value is not None}
     model = diffusion.load_model(path, **changes)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -118,8 +124,12 @@ def sample_batch(model, samples, steps, seed, batch_size):
     draw = functools.partial(diffusion.sample_maps, steps=steps, seed=seed)
     with data.sampling_autocast(model.unet.device):
         if model.settings["crop"]:  # beyond the paper
-            return list(sample_in_tiles(model, samples, draw, batch_size=batch_size))
-        return draw(model, samples)
+            found = list(sample_in_tiles(model, samples, draw, batch_size=batch_size))
+        else:
+            found = draw(model, samples)
+    if model.settings["min_score"] > 0:  # beyond the paper
+        found = [(ids, doubt(ids, p, model.settings["min_score"])) for ids, p in found]
+    return found
 
 
 def segment(model, image, steps=None, seed=0, threshold=0.5):
@@ -467,7 +477,7 @@ def main(argv=None):
     if args.seeds and len(set(args.seeds)) < 2:
         raise BadInput("--seeds: give two or more")
     device, _ = data.setup(args)
-    model = load(args.ckpt, device, min_area=args.min_area)
+    model = load(args.ckpt, device, min_area=args.min_area, min_score=args.min_score)
     args.steps = args.steps or [model.settings["steps"]]
     held_out = open_held_out(model, args)
     if args.trajectory:
@@ -688,6 +698,18 @@ def sample_sized_tiles(model, samples, sides, draw, batch_size):
         shape = samples[picture]["image"].shape[:2]
         by_place = {tile["place"]: found for tile, found in own}
         yield stitch(by_place, shape, background=background)
+
+
+def doubt(ids, probability, min_score):
+    """The probability (H x W), and 0 in segments (of ids, H x W) with a lower mean.
+
+    So a segment becomes void if its score, its mean probability, is below min_score.
+    """
+    place = ids.reshape(-1)
+    pixels = np.bincount(place)
+    total = np.bincount(place, weights=probability.reshape(-1))
+    score = total / pixels.clip(min=1)
+    return np.where(score[ids] < min_score, 0, probability)
 
 
 if __name__ == "__main__":

@@ -3894,6 +3894,9 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     }
     run("sample --ckpt ldm.pt --steps 1 --limit 1 --out out")
     assert "ap50" in read("out/sample.json")
+    run("sample --ckpt ldm.pt --steps 1 --images val/1.png --min_score 1 --out out")
+    [found] = read("out/predictions.json")["annotations"]
+    assert found["segments_info"] == []
     run("sample --ckpt ldm.pt --steps 2 --images val/1.png --trajectory --out out")
     assert Image.open("out/trajectory.png").width > 200
     run("inpaint --ckpt ldm.pt --steps 1 --limit 1 --click 4 --out out")
@@ -4017,6 +4020,32 @@ def test_segment_takes_a_path_an_array_or_a_picture(shipped, photo):
         assert np.array_equal(again, ids)
     other, _ = sample.segment(shipped, photo, steps=1, seed=1)
     assert not np.array_equal(other, ids)
+
+
+def test_segments_of_a_low_mean_probability_become_void(shipped, monkeypatch):
+    ids = row("0011122255")
+    probability = np.array([[9, 9, 9, 9, 9, 9, 6, 9, 8, 8]]) / 10
+    found = sample.doubt(ids, probability, 0.81)
+    expected = np.where(np.isin(ids, [2, 5]), 0, probability)
+    assert np.array_equal(found, expected)
+    assert np.array_equal(
+        sample.doubt(ids, probability, 0.79)[0, 5:], probability[0, 5:]
+    )
+
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    samples = [{"image": picture, "image_id": 0}]
+    for crop in (0, 48):
+        monkeypatch.setitem(shipped.settings, "crop", crop)
+        monkeypatch.setitem(shipped.settings, "min_score", 0.0)
+        [(ids, p)] = sample.sample_batch(shipped, samples, 1, 0, 4)
+        scores = {i: p[ids == i].mean() for i in data.areas(ids)}
+        least = float(np.median(list(scores.values()))) + 1e-6
+        monkeypatch.setitem(shipped.settings, "min_score", least)
+        [(again, p)] = sample.sample_batch(shipped, samples, 1, 0, 4)
+        assert np.array_equal(again, ids)
+        dropped = [i for i in scores if not p[ids == i].any()]
+        assert dropped == [i for i in scores if scores[i] < least]
+        assert 0 < len(dropped) <= len(scores)
 
 
 def test_the_shipped_weights_are_found_from_any_folder(capsys):
