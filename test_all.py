@@ -3901,9 +3901,13 @@ def test_instances_are_trained_to_be_in_one_piece(tmp_path, trained):
     assert Image.open("out/trajectory.png").width > 200
     run("inpaint --ckpt ldm.pt --steps 1 --limit 1 --click 4 --out out")
 
+    content = torch.load("ldm.pt")
+    content["settings"]["min_score"] = 0.9
+    torch.save(content, "ldm.pt")
     run(f"{TINY_LDM} --ckpt ldm.pt --data shapes --iters 1 --out scenes")
     settings = sample.load("scenes/ldm.pt").settings
     assert settings["postprocess"] == "paper"
+    assert settings["min_score"] == 0
     assert settings["min_area"] is None
 
 
