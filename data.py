@@ -1954,8 +1954,8 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
     this is done in a random square of each picture. Returns S x 3 floats: the IoU of a
     segment with itself; its area afterwards, with what lies beside the square, because
     tiles are joined before small segments become void; and the area of its picture,
-    both in pixels. Crowds are left out, and the background of instances. Their squares
-    have one side here, not that of each picture's tiles: all objects count alike.
+    both in pixels. Crowds are left out, and the background of instances. Here `crop` is
+    the side of all squares, also of instances, so that all objects count alike.
     """
     grid = 4 * size // factor  # side of the logits, four times that of the latent
     order = np.random.default_rng(0).permutation(len(source))
@@ -1977,9 +1977,7 @@ def round_trips(source, size, num_ids, crop=0, factor=8, limit=256):
         counted = np.isin(truth, [s["id"] for s in segments])  # not void, no crowd
         area_after = areas(np.where(counted, decoded, 0))
         shared = areas(np.where(counted & (decoded == ids), ids, 0))
-        for s in segments:
-            if s["category_id"] == source.background_id:
-                continue
+        for s in objects_of(sample, source.background_id):
             name = new_id.get(s["id"])
             after = area_after.get(name, 0)
             both = shared.get(name, 0)
@@ -2121,11 +2119,9 @@ def check(source, size, num_ids, crop=0):
             continue
         name = sample["file_name"]
         faults += [f"{name}: {fault}" for fault in sample.get("faults", ())]
-        objects = []
-        for s in sample["segments_info"]:
-            if not s["iscrowd"] and s["category_id"] != source.background_id:
-                objects.append(s["area"])
-        areas_of.append((math.sqrt(sample["ids"].size), objects))
+        objects = objects_of(sample, source.background_id)
+        picture_side = math.sqrt(sample["ids"].size)
+        areas_of.append((picture_side, [s["area"] for s in objects]))
     for category, count in source.unlisted.items():
         faults.append(
             f"{source.json}: {count} objects are of category {category!r:.40}, which "

@@ -211,8 +211,6 @@ def agreement(maps):
 
 def compare_seeds(model, held_out, args):
     """Fig. 10: how far the segments of several seeds agree; prints it and draws it."""
-    background = diffusion.background_of(model)
-    fixed = [] if background is None else [background]
     means = []
     rows = []
     # one picture at a time, because the maps of all seeds are kept
@@ -231,12 +229,7 @@ def compare_seeds(model, held_out, args):
         agreed = agreement(maps)
         means.append(agreed.mean())
         if len(rows) < data.PICTURES:
-            first, *others = maps
-            [first] = data.renumber(first, background=background)
-            alike = [first]
-            for ids in others:
-                alike.append(data.colors_like(ids, first, fixed=fixed))
-            pictures = [data.overlay(s["image"], ids, background) for ids in alike]
+            pictures = overlays(model, s["image"], maps, like=maps[0])
             grey = (255 * agreed).astype(np.uint8)
             rows.append((s["file_name"], [s["image"], *pictures, grey]))
     captions = ["image", *(f"seed {seed}" for seed in args.seeds), "white: all agree"]
@@ -247,6 +240,18 @@ def compare_seeds(model, held_out, args):
         f"{args.out}/seeds.png"
     )
     return {"images": len(means), "agreement": mean}
+
+
+def overlays(model, image, maps, like):
+    """Overlays of id maps (H x W) of an image, in the colours of one of them, `like`."""
+    background = diffusion.background_of(model)
+    fixed = [] if background is None else [background]
+    [like] = data.renumber(like, background=background)
+    pictures = []
+    for ids in maps:
+        ids = data.colors_like(ids, like, fixed=fixed)
+        pictures.append(data.overlay(image, ids, background))
+    return pictures
 
 
 @torch.no_grad()
@@ -269,15 +274,9 @@ def draw_trajectory(model, samples, args):
         for own, s, logits in zip(maps, samples, model.decode(trace[i])):
             ids, _ = diffusion.to_ids(model, logits, *s["image"].shape[:2])
             own.append(ids)
-    background = diffusion.background_of(model)
-    fixed = [] if background is None else [background]
     rows = []
     for own, s in zip(maps, samples):
-        [last] = data.renumber(own[-1], background=background)
-        pictures = []
-        for ids in own:
-            ids = data.colors_like(ids, last, fixed=fixed)
-            pictures.append(data.overlay(s["image"], ids, background))
+        pictures = overlays(model, s["image"], own, like=own[-1])
         rows.append((s["file_name"], [s["image"], *pictures]))
     captions = ["image"]
     for i in shown:

@@ -1341,7 +1341,7 @@ def test_check_tells_what_can_be_reached(capsys, monkeypatch):
 
 
 def test_check_suggests_tiles_for_instances_that_are_small(capsys):
-    """Twice as long as half of a picture's pixels of objects need, on average."""
+    """Twice as long as the object that holds the median of all object pixels."""
     data.check(Pieces(background_id=2), size=32, num_ids=16)
     sides = []
     for n in range(len(Pieces())):
